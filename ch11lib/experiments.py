@@ -1,0 +1,624 @@
+"""Compare ways of training fairly: arms x seeds, with equal data, order, steps and tuning.
+
+An *arm* is one way of doing it: a function of a seed that returns a compiled model. `compare` trains
+every arm with every seed; the runs of one seed see the same batches in the same order in every arm,
+so that arms can be compared seed by seed. If hyperparameters are tuned, every arm gets the same
+number of trials, and on other seeds than those that are reported: a choice that was made on the
+reported runs would flatter whoever had the most luck.
+
+The runs of an arm share one compiled graph (see `ch11lib.training`), and run in threads, one per
+core, because TensorFlow computes outside Python's lock. `joblib.parallel_config` sends them to other
+processes or a Dask cluster instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+import hashlib
+import itertools
+import json
+import os
+from pathlib import Path
+import threading
+import time
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+from scipy import stats
+from tqdm import tqdm
+
+from ch11lib import training
+from ch11lib.backend import keras, tf
+from ch11lib.claims import number
+
+__all__ = ["DenseNet", "Difference", "Interrupted", "Results", "compare", "interval", "seeds"]
+
+Arm = Callable[..., keras.Model]
+
+
+def seeds(n: int) -> list[int]:
+    """Return the `n` seeds of a notebook: 0 ... n-1, or another block when claims are re-measured.
+
+    ``python -m ch11lib run --seeds 0-9`` sets the environment variable ``CH11_SEED`` to 0 ... 9; block
+    k holds the seeds 1000k, 1000k + 1, and so on.
+
+    Examples
+    --------
+    >>> [seed % 1000 for seed in seeds(3)]
+    [0, 1, 2]
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, received {n}")
+    first = 1000 * int(os.environ.get("CH11_SEED", "0"))
+    return [first + i for i in range(n)]
+
+
+@dataclass(frozen=True)
+class DenseNet:
+    """Recipe of a dense classifier: call it with a seed to get a compiled model.
+
+    Parameters
+    ----------
+    hidden : tuple of int
+        Units of each hidden layer.
+    activation : str or callable
+        A Keras activation; or a layer class or other function without arguments that makes a layer,
+        for activations with weights or randomness (``keras.layers.PReLU``).
+    kernel_initializer, bias_initializer : str
+        Of the hidden layers. The output layer starts from Glorot uniform weights in every arm.
+    optimizer : callable
+        Called with ``learning_rate=``; a class such as `keras.optimizers.SGD`, or a partial of one.
+    learning_rate : float
+    batch_norm : bool
+        Normalize each hidden layer before its activation (which then needs no bias).
+    inputs, classes : int
+
+    Examples
+    --------
+    >>> net = DenseNet(hidden=(30, 20), activation="tanh", kernel_initializer="glorot_normal")
+    >>> model = net(seed=1, learning_rate=0.1)
+    >>> [layer.name for layer in model.layers]
+    ['hidden_1', 'hidden_2', 'output']
+    """
+
+    hidden: tuple[int, ...] = (100, 100, 100)
+    activation: Any = "relu"
+    kernel_initializer: str = "he_normal"
+    bias_initializer: Any = "zeros"
+    optimizer: Callable = keras.optimizers.SGD
+    learning_rate: float = 0.01
+    batch_norm: bool = False
+    inputs: int = 784
+    classes: int = 10
+
+    def __call__(self, seed: int, **changes: Any) -> keras.Model:
+        """Return the compiled model; `changes` replace fields of the recipe."""
+        if changes:
+            return replace(self, **changes)(seed)
+        keras.utils.set_random_seed(seed)
+        layers = [keras.Input((self.inputs,))]
+        for i, units in enumerate(self.hidden, start=1):
+            layers += self._hidden(f"hidden_{i}", units)
+        model = keras.Sequential([*layers, keras.layers.Dense(self.classes, name="output")])
+        model.compile(
+            optimizer=self.optimizer(learning_rate=self.learning_rate),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+        return model
+
+    def _hidden(self, name, units):
+        inside = isinstance(self.activation, str) and not self.batch_norm
+        yield keras.layers.Dense(
+            units,
+            activation=self.activation if inside else None,
+            use_bias=not self.batch_norm,
+            kernel_initializer=self.kernel_initializer,
+            bias_initializer=self.bias_initializer,
+            name=name,
+        )
+        if self.batch_norm:
+            yield keras.layers.BatchNormalization(name=f"{name}_norm")
+        if isinstance(self.activation, str) and not inside:
+            yield keras.layers.Activation(self.activation, name=f"{name}_activation")
+        elif not isinstance(self.activation, str):
+            yield self.activation()
+
+
+class Interrupted(KeyboardInterrupt):
+    """A comparison was interrupted; `results` holds the runs that were finished."""
+
+    def __init__(self, results: Results):
+        done = len(results.runs) + len(results.tuning)
+        super().__init__(f"interrupted after {done} runs; they are in this exception's `results`")
+        self.results = results
+
+
+def compare(
+    arms: Mapping[str, Arm],
+    data: Any,
+    *,
+    seeds: Sequence[int],
+    epochs: int,
+    batch_size: int = 32,
+    tune: Mapping[str, Any] | None = None,
+    tuning_seeds: Sequence[int] | None = None,
+    metric: str = "val_accuracy",
+    measure: Callable[[keras.Model], Mapping[str, float]] | None = None,
+    callbacks: Callable[[], Sequence[keras.callbacks.Callback]] | None = None,
+    resume: str | os.PathLike | None = None,
+    n_jobs: int | None = None,
+) -> Results:
+    """Train every arm with every seed under equal conditions.
+
+    Parameters
+    ----------
+    arms : mapping of str to callable
+        Name of the arm to a function ``arm(seed, **hyperparameters)`` that returns a compiled model.
+        The global seed is set to `seed` before it is called.
+    data : Dataset or ((x, y), (x_valid, y_valid))
+        The same for all runs.
+    seeds : sequence of int
+        One run of every arm for each; a seed fixes initial weights and batch order.
+    epochs, batch_size : int
+        The same for all runs.
+    tune : mapping, optional
+        Hyperparameter to the values to try (a grid, if there are several), for example
+        ``{"learning_rate": [0.01, 0.03, 0.1]}``; or name of the arm to such a mapping, if arms have
+        different ranges. The number of trials must be the same for all arms.
+    tuning_seeds : sequence of int, optional
+        Seeds on which the best point of the grid is chosen, by the median of `metric`; default two
+        that are not in `seeds`.
+    metric : str
+        A column of the history; largest is best for names that contain "acc" or "auc", smallest
+        for all others.
+    measure : callable, optional
+        Called with each trained model; the numbers that it returns become columns of the runs.
+    callbacks : callable, optional
+        Makes the callbacks of one run.
+    resume : path, optional
+        File that keeps each finished run. A later call skips the runs that it finds there, provided
+        that data, initial weights, configuration and protocol are the same.
+    n_jobs : int, optional
+        Runs at a time: threads by default, one per core (one in all on a GPU). Inside
+        `joblib.parallel_config` its back end is used.
+
+    Returns
+    -------
+    Results
+
+    Raises
+    ------
+    ValueError, TypeError
+        For unequal numbers of trials, repeated or missing seeds, an arm that is not callable.
+    Interrupted
+        On Ctrl-C, with the finished runs.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).normal(size=(200, 4)).astype("float32")
+    >>> y = (x[:, 0] > 0).astype("int32")
+    >>> small = DenseNet(hidden=(8,), inputs=4, classes=2, learning_rate=0.1)
+    >>> results = compare({"8 units": small}, ((x, y), (x, y)), seeds=[0, 1, 2], epochs=5)
+    >>> results.runs[["arm", "seed"]].values.tolist()
+    [['8 units', 0], ['8 units', 1], ['8 units', 2]]
+    """
+    grids = _grids(arms, tune)
+    seeds = _distinct(seeds, "seeds")
+    if tuning_seeds is None:
+        tuning_seeds = [seed + 500 for seed in seeds[:2]]
+    tuning_seeds = _distinct(tuning_seeds, "tuning_seeds")
+    if tune is not None and set(seeds) & set(tuning_seeds):
+        raise ValueError("tuning_seeds must not share a seed with seeds")
+    protocol = _Protocol(_splits(data), epochs, batch_size, measure, callbacks)
+    store = _Store(resume)
+    results = Results(metric)
+    try:
+        best = {arm: grid[0] for arm, grid in grids.items()}
+        if tune is not None:
+            trials = [
+                (arm, point, seed)
+                for arm, grid in grids.items()
+                for point in grid
+                for seed in tuning_seeds
+            ]
+            for run in _run_all(arms, trials, protocol, store, n_jobs, "tuning"):
+                results._add(run, tuning=True)
+            best = {arm: results._best_point(arm, grid) for arm, grid in grids.items()}
+        results.best.update(best)
+        trials = [(arm, point, seed) for arm, point in best.items() for seed in seeds]
+        for run in _run_all(arms, trials, protocol, store, n_jobs, "runs"):
+            results._add(run, tuning=False)
+    except KeyboardInterrupt:
+        results._finish(list(arms))
+        raise Interrupted(results) from None
+    results._finish(list(arms))
+    return results
+
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+def _grids(arms, tune) -> dict[str, list[dict]]:
+    if not isinstance(arms, Mapping) or not arms:
+        raise TypeError(f"arms must be a non-empty mapping of names to functions, received {arms!r}")
+    for name, arm in arms.items():
+        if not callable(arm):
+            raise TypeError(f"arms[{name!r}] must be a function of a seed, received {arm!r}")
+    tune = tune or {}
+    per_arm = tune if set(tune) == set(arms) and tune else dict.fromkeys(arms, tune)
+    grids = {}
+    for arm, ranges in per_arm.items():
+        names = list(ranges)
+        grids[arm] = [
+            dict(zip(names, point, strict=True)) for point in itertools.product(*ranges.values())
+        ]
+    sizes = {arm: len(grid) for arm, grid in grids.items()}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        raise ValueError(f"tune must give every arm the same number of trials, received {sizes}")
+    return grids
+
+
+def _distinct(values, name) -> list[int]:
+    values = [int(value) for value in values]
+    if not values or len(set(values)) != len(values):
+        raise ValueError(f"{name} must be distinct and at least one, received {values}")
+    return values
+
+
+def _splits(data):
+    if hasattr(data, "x_train"):
+        return (data.x_train, data.y_train), (data.x_valid, data.y_valid)
+    try:
+        (x, y), (x_valid, y_valid) = data
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"data must be a Dataset or ((x, y), (x_valid, y_valid)), received {type(data).__name__}"
+        ) from None
+    return (x, y), (x_valid, y_valid)
+
+
+# --- running ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    """What all runs of a comparison have in common."""
+
+    splits: tuple
+    epochs: int
+    batch_size: int
+    measure: Callable | None
+    callbacks: Callable | None
+
+    def on_device(self) -> _Protocol:
+        """Convert the data once instead of in each run."""
+        return replace(self, splits=keras.tree.map_structure(tf.convert_to_tensor, self.splits))
+
+    def digest(self):
+        """A hash of the data and the protocol."""
+        digest = hashlib.blake2b(repr((self.epochs, self.batch_size)).encode(), digest_size=16)
+        for array in keras.tree.flatten(self.splits):
+            digest.update(np.ascontiguousarray(array))
+        return digest
+
+
+#: Building a model uses global state (the seed, the counters of layer names).
+_build_lock = threading.Lock()
+
+
+def _run(arm, build, point, seed, protocol) -> dict:
+    """Train one model and return what is kept of it."""
+    with _build_lock:
+        keras.utils.set_random_seed(seed)
+        model = build(seed, **point)
+    (x, y), validation = protocol.splits
+    run = {"arm": arm, "seed": seed, **point, "diverged_at": None}
+    start = time.perf_counter()
+    try:
+        history = training.fit(
+            model,
+            x,
+            y,
+            epochs=protocol.epochs,
+            batch_size=protocol.batch_size,
+            validation_data=validation,
+            callbacks=protocol.callbacks() if protocol.callbacks else (),
+            seed=seed,
+        )
+    except training.DivergenceError as error:
+        history = error.history
+        run["diverged_at"] = f"epoch {error.epoch + 1}, step {error.step + 1}"
+    run["seconds"] = time.perf_counter() - start
+    run["history"] = history.history
+    if run["diverged_at"] is None:
+        run.update({name: values[-1] for name, values in history.history.items()})
+    if protocol.measure is not None:
+        run.update(protocol.measure(model))
+    return run
+
+
+def _run_all(arms, trials, protocol, store, n_jobs, title) -> Iterator[dict]:
+    """Yield the runs of all trials as they finish; those that `store` holds come first."""
+    keys = {}
+    if store.path is not None:
+        digest = protocol.digest()
+        for i, (arm, point, seed) in enumerate(trials):
+            keys[i] = _key(arm, arms[arm], point, seed, digest)
+    missing = []
+    with tqdm(total=len(trials), desc=title, disable=None, leave=False) as bar:
+        for i, trial in enumerate(trials):
+            run = store.find(keys.get(i))
+            if run is None:
+                missing.append(i)
+            else:
+                bar.update()
+                yield run
+        for i, run in _in_parallel(arms, [(i, *trials[i]) for i in missing], protocol, n_jobs):
+            store.keep(keys.get(i), run)
+            bar.update()
+            yield run
+
+
+def _numbered_run(i, *arguments):
+    return i, _run(*arguments)
+
+
+def _in_parallel(arms, jobs, protocol, n_jobs):
+    backend, _ = joblib.parallel.get_active_backend(prefer="threads")
+    threads = getattr(backend, "supports_sharedmem", False)
+    if threads:
+        protocol = protocol.on_device()
+        if n_jobs is None:
+            n_jobs = 1 if tf.config.list_physical_devices("GPU") else min(4, os.cpu_count() or 1)
+    elif n_jobs is None and isinstance(backend, joblib.parallel.LokyBackend):
+        n_jobs = joblib.cpu_count()
+    parallel = joblib.Parallel(
+        n_jobs=n_jobs, prefer="threads", return_as="generator_unordered", max_nbytes=None
+    )
+    return parallel(
+        joblib.delayed(_numbered_run)(i, arm, arms[arm], point, seed, protocol)
+        for i, arm, point, seed in jobs
+    )
+
+
+def _key(arm, build, point, seed, digest) -> str:
+    """Identify a run by all that determines it: data, protocol, configuration, initial weights."""
+    with _build_lock:
+        keras.utils.set_random_seed(seed)
+        model = build(seed, **point)
+    digest = digest.copy()
+    digest.update(json.dumps([arm, seed, point], sort_keys=True, default=repr).encode())
+    digest.update(training.describe(model).encode())
+    digest.update(json.dumps(model.optimizer.get_config(), sort_keys=True, default=repr).encode())
+    for weights in model.get_weights():
+        digest.update(np.ascontiguousarray(weights))
+    return digest.hexdigest()
+
+
+class _Store:
+    """Finished runs in a file, one line of JSON each."""
+
+    def __init__(self, path):
+        self.path = None if path is None else Path(path)
+        self.runs: dict[str, dict] = {}
+        if self.path is None or not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                self.runs[entry["key"]] = entry["run"]
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that an interruption cut off: that run is simply repeated
+
+    def find(self, key):
+        return self.runs.get(key)
+
+    def keep(self, key, run):
+        if self.path is None:
+            return
+        entry = json.dumps({"key": key, "run": run}, default=float)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                # The line break comes first, so that a cut-off line cannot swallow this one.
+                file.write("\n" + entry)
+        except OSError as error:
+            raise OSError(
+                f"cannot keep a finished run in resume={str(self.path)!r}: {error.strerror or error}"
+            ) from error
+
+
+# --- results ---------------------------------------------------------------------------------------
+
+
+def interval(values: Any, level: float = 0.95) -> tuple[float, float]:
+    """Return the bootstrap interval of the median (percentile method).
+
+    Parameters
+    ----------
+    values : array-like, shape (n,)
+        One value per seed.
+    level : float
+
+    Returns
+    -------
+    (low, high) : tuple of float
+        With fewer than about eight values such an interval is somewhat too narrow; with one value
+        it is that value.
+
+    Examples
+    --------
+    >>> low, high = interval([1, 2, 3, 4, 5])
+    >>> float(low), float(high)
+    (1.0, 5.0)
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"values must be a non-empty list of numbers, received {values!r}")
+    if not np.isfinite(values).all() or np.ptp(values) == 0 or len(values) == 1:
+        return float(values.min()), float(values.max())
+    result = stats.bootstrap(
+        (values,), np.median, confidence_level=level, method="percentile", rng=0
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+class Results:
+    """What `compare` measured.
+
+    Attributes
+    ----------
+    runs : pandas.DataFrame
+        One row per arm and seed: ``arm``, ``seed``, hyperparameters, the last value of every metric,
+        ``seconds``, and ``diverged_at``, which is None or says where the loss ceased to be finite
+        (the metrics are then missing).
+    tuning : pandas.DataFrame
+        The same for the trials of the tuning.
+    histories : pandas.DataFrame
+        One row per run of `runs` and epoch (``epoch`` counts from 1).
+    best : dict
+        The chosen hyperparameters of every arm.
+    metric : str
+        What was tuned for.
+    """
+
+    def __init__(self, metric: str):
+        self.metric = metric
+        self.best: dict[str, dict] = {}
+        self._rows: dict[bool, list[dict]] = {True: [], False: []}
+        self._finish([])
+
+    def _add(self, run, tuning):
+        self._rows[tuning].append(run)
+
+    def _finish(self, arms):
+        def table(rows):
+            rows = [{k: v for k, v in row.items() if k != "history"} for row in rows]
+            return pd.DataFrame(rows, columns=None if rows else ["arm", "seed", "diverged_at"])
+
+        def in_order(rows):
+            return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["seed"]))
+
+        runs, trials = in_order(self._rows[False]), in_order(self._rows[True])
+        self.runs, self.tuning = table(runs), table(trials)
+        self.histories = pd.DataFrame(
+            [
+                {"arm": run["arm"], "seed": run["seed"], "epoch": epoch + 1}
+                | {name: values[epoch] for name, values in run["history"].items()}
+                for run in runs
+                for epoch in range(len(next(iter(run["history"].values()), [])))
+            ]
+        )
+
+    def _best_point(self, arm, grid):
+        def median(point):
+            rows = [
+                row
+                for row in self._rows[True]
+                if row["arm"] == arm and all(row[k] == v for k, v in point.items())
+            ]
+            return np.median(_with_worst([row.get(self.metric) for row in rows], self.metric))
+
+        choose = max if _larger_is_better(self.metric) else min
+        return choose(grid, key=median)
+
+    def values(self, arm: str, metric: str | None = None) -> np.ndarray:
+        """Return `metric` of one arm by seed, shape (seeds,).
+
+        A run that diverged counts as the worst there is: 0 where large is good, else infinity.
+        """
+        metric = metric or self.metric
+        rows = self.runs[self.runs.arm == arm]
+        if rows.empty:
+            raise ValueError(f"arm must be one of {self.arms}, received {arm!r}")
+        if metric not in rows:
+            raise ValueError(f"metric must be one of {list(self.runs.columns)}, received {metric!r}")
+        return _with_worst(rows.sort_values("seed")[metric], metric)
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms, in the order given."""
+        return list(dict.fromkeys(self.runs.arm))
+
+    def summary(self, metric: str | None = None, level: float = 0.95) -> pd.DataFrame:
+        """Return median and bootstrap interval over seeds, one row per arm."""
+        rows = {}
+        for arm in self.arms:
+            values = self.values(arm, metric)
+            low, high = interval(values, level)
+            rows[arm] = {
+                "median": float(np.median(values)),
+                "low": low,
+                "high": high,
+                "seeds": len(values),
+                "diverged": int(self.runs[self.runs.arm == arm].diverged_at.notna().sum()),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+
+    def difference(self, a: str, b: str, metric: str | None = None, level: float = 0.95):
+        """Return the paired difference a - b over seeds, with an interval.
+
+        The interval is Student's for the mean of the paired differences: it is honest for five seeds
+        too, where a bootstrap interval is too narrow.
+
+        Returns
+        -------
+        Difference
+            ``values`` by seed, their ``mean``, and the interval ``low`` ... ``high``.
+        """
+        values = self.values(a, metric) - self.values(b, metric)
+        if len(values) < 2:
+            raise ValueError("a difference with an interval needs at least two seeds")
+        mean, half = float(values.mean()), 0.0
+        if not np.isfinite(values).all():
+            half = np.inf
+        elif np.ptp(values) > 0:
+            half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
+        return Difference(values, mean, mean - half, mean + half)
+
+    def epochs_to(self, metric: str, target: float) -> pd.DataFrame:
+        """Return per run the first epoch at which `metric` reaches `target` (infinity if never)."""
+        reached = self.histories[metric]
+        reached = reached >= target if _larger_is_better(metric) else reached <= target
+        first = self.histories[reached].groupby(["arm", "seed"]).epoch.min()
+        index = pd.MultiIndex.from_frame(self.runs[["arm", "seed"]])
+        return first.reindex(index, fill_value=np.inf).astype(float).reset_index()
+
+    def report(self, metric: str | None = None) -> str:
+        """Return a text table of `summary`, with the tuned hyperparameters, for printing."""
+        metric = metric or self.metric
+        summary = self.summary(metric)
+        width = max(len(arm) for arm in self.arms)
+        lines = [f"{'':{width}}  {metric}: median (95 % interval), {summary.seeds.max()} seeds"]
+        for arm, row in summary.iterrows():
+            text = f"{number(row['median'], 3)} ({number(row.low, 3)} to {number(row.high, 3)})"
+            tuned = ", ".join(f"{name} {number(value)}" for name, value in self.best[arm].items())
+            diverged = f", {row.diverged} diverged" if row.diverged else ""
+            lines.append(f"{arm:{width}}  {text}{', ' + tuned if tuned else ''}{diverged}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference: values by seed, their mean, and an interval of the mean."""
+
+    values: np.ndarray
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{number(self.mean)} (95 % interval {number(self.low)} to {number(self.high)})"
+
+
+def _larger_is_better(metric: str) -> bool:
+    return "acc" in metric or "auc" in metric.lower()
+
+
+def _with_worst(values, metric) -> np.ndarray:
+    values = np.array([np.nan if value is None else value for value in values], dtype=float)
+    values[np.isnan(values)] = 0.0 if _larger_is_better(metric) else np.inf
+    return values
