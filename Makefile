@@ -8,7 +8,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 
 # What the kernels of notebooks see; the same as in ch11lib.notebooks, which made the outputs.
 NOTEBOOK_ENV := env -u MPLBACKEND -u CH11_SEED -u CH11_CLAIMS_LOG \
-	TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0 PYTHONHASHSEED=0
+	TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0 PYTHONHASHSEED=0 OPENBLAS_NUM_THREADS=1
 # A notebook's cells must stay in one worker: loadscope. The addopts are for the unit tests.
 NBVAL := -q -o addopts= --nbval --nbval-current-env \
 	--nbval-sanitize-with=tests/nbval_sanitize.cfg \

@@ -3,8 +3,8 @@
 Every elementwise function of `keras.activations` is here in NumPy under Keras's name and with its
 defaults, and `derivative` gives its derivative. The definitions keep the type of a floating-point
 array, compute integers in float64, and are accurate for large arguments, where a formula copied
-from a paper overflows or cancels. At a corner, where no derivative exists, they take the one-sided
-value that Keras on TensorFlow backpropagates.
+from a paper overflows or cancels. At a corner, where there is no derivative, `derivative` returns
+what Keras on TensorFlow backpropagates.
 
 `gain` and `moment_map` say what a function does to the scale of a normally distributed signal.
 `RReLU` is the one variant of leaky ReLU that Keras lacks. `time_per_call` measures what a function
@@ -835,7 +835,7 @@ def moment_map(
     The pre-activation is a weighted sum of many inputs and so nearly normal,
     ``z ~ N(omega * mean, tau * variance)``, where `omega` is the sum of the unit's weights and
     `tau` the sum of their squares. LeCun initialization makes them 0 and 1 on average. Returned
-    are ``E[f(z)]`` and ``E[f(z)²] - E[f(z)]²``, by quadrature (Klambauer et al. 2017, eq. 3).
+    are ``E[f(z)]`` and ``E[f(z)²] - E[f(z)]²``, by quadrature (Klambauer et al. 2017).
 
     Parameters
     ----------

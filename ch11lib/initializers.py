@@ -51,6 +51,7 @@ __all__ = [
     "names",
     "propagate",
     "sample",
+    "simulate",
     "statistics",
     "variance",
     "variance_map",
@@ -618,6 +619,61 @@ def statistics(layers: Iterable[Layer], **extra: Callable[[Layer], float]) -> pd
         rows.append(row | {name: function(layer) for name, function in extra.items()})
     table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="layer"))
     return table.astype(np.float64)
+
+
+def simulate(
+    activation: Callable[[np.ndarray], np.ndarray],
+    weights: Rule | Sequence[Rule],
+    *,
+    seeds: Iterable[int],
+    width: int = 100,
+    depth: int = 10,
+    examples: int = 100,
+    biases: Rule | Sequence[Rule] = 0.0,
+    derivative: Callable[[np.ndarray], np.ndarray] | None = None,
+    **extra: Callable[[Layer], float],
+) -> pd.DataFrame:
+    """Measure one kind of random network with several seeds, on standard normal inputs.
+
+    Parameters
+    ----------
+    activation, weights, biases
+        As for `propagate`.
+    seeds : iterable of int
+        Each gives other inputs and other weights; the same in every call.
+    width, depth, examples : int
+        Units of each layer (and features of the input), layers, rows of the input.
+    derivative : callable, optional
+        Derivative of the activation; with it an error signal is sent back, see `backpropagate`.
+    **extra : callable
+        More columns, as for `statistics`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The tables of `statistics`, index ``(seed, layer)``: ``table.h_std.unstack()`` has a row
+        for each seed and a column for each layer.
+
+    Examples
+    --------
+    >>> table = simulate(np.tanh, "glorot_normal", seeds=range(3), depth=20)
+    >>> table.h_mean_square.unstack().shape
+    (3, 20)
+    """
+    tables = {}
+    for seed in seeds:
+        rng = _generator(seed)
+        x, widths = rng.standard_normal((examples, width)), [width] * depth
+        if derivative is None:
+            layers = propagate(x, widths, activation, weights, rng=rng, biases=biases)
+        else:
+            layers = backpropagate(
+                x, widths, activation, weights, rng=rng, biases=biases, derivative=derivative
+            )
+        tables[seed] = statistics(layers, **extra)
+    if not tables:
+        raise ValueError("seeds must hold at least one seed, got none")
+    return pd.concat(tables, names=["seed"])
 
 
 def factor_per_layer(values: Sequence[float]) -> float:

@@ -329,6 +329,7 @@ def _environment(changes: dict[str, str]) -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TF_ENABLE_ONEDNN_OPTS": "0",
         "PYTHONHASHSEED": "0",
+        "OPENBLAS_NUM_THREADS": "1",  # small products: threads only get in each other's way
     }
     return environment | changes
 

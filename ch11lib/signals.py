@@ -249,7 +249,6 @@ def backward(
 
 # ------------------------------------------------------------------ looking without touching
 
-
 _tracking = keras.src.utils.tracking
 _CONTAINERS = {
     **{kind: kind for kind in (list, dict, set)},
@@ -550,9 +549,9 @@ def _next_updates(model: keras.Model, gradients: list, dtype: str | None = "floa
     """Compute by how much the optimizer's next step changes each trainable variable.
 
     A twin of the optimizer, in its present state, takes the step on replicas: neither the model nor
-    the optimizer is involved. The replicas are float64, so that a step too small for float32 weights
-    to register is measured all the same; an optimizer that cannot (Muon) gets the variables' own
-    type.
+    the optimizer is involved. The replicas are float64, so that a step too small for float32
+    weights to register is measured all the same; an optimizer that cannot do that (Muon) gets the
+    variables' own type.
     """
     optimizer, variables = model.optimizer, model.trainable_variables
     replicas = []

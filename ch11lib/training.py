@@ -11,8 +11,8 @@ regularizers, batch-normalization statistics, dropout and optimizers are exactly
 
 *A program borrows its variables.* The compiled epoch (a *program*) takes the model's variables as
 arguments. While it is traced, the model's Keras variables point to those arguments. A second model
-of the same architecture, with other weights, seeds or learning rate, therefore runs the same program
-and compiles nothing: this is what makes five seeds cheap.
+of the same architecture, with other weights, seeds or learning rate, therefore runs the same
+program and compiles nothing: this is what makes five seeds cheap.
 
 *Whatever does not fit is handed on.* Generators, batch-level callbacks, an overridden
 ``train_step`` and the like go to ``model.fit``, with the same batch order.
@@ -21,27 +21,33 @@ and compiles nothing: this is what makes five seeds cheap.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass
+import functools
+import inspect
 import json
 import threading
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 import weakref
 
+from ch11lib.backend import keras, tf
 import numpy as np
 
-from ch11lib.backend import keras, tf
-
-__all__ = ["DivergenceError", "batch_order", "clear_programs", "describe", "evaluate", "fit"]
+__all__ = [
+    "DivergenceError",
+    "batch_order",
+    "clear_programs",
+    "describe",
+    "evaluate",
+    "fingerprint",
+    "fit",
+]
 
 #: Number of training steps from which compiling with XLA repays its time on two CPU cores
 #: (`benchmarks/engine.py` measures it).
 XLA_BREAK_EVEN_STEPS = 20_000
-
-#: Rows per validation batch. Inference does not depend on how rows are grouped, and large groups
-#: are faster.
-EVALUATION_BATCH = 1_000
 
 
 class DivergenceError(ArithmeticError):
@@ -78,7 +84,7 @@ def batch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     Examples
     --------
     >>> batch_order(6, seed=1, epoch=0)
-    array([5, 2, 4, 3, 1, 0], dtype=int32)
+    array([4, 0, 2, 1, 5, 3], dtype=int32)
     """
     return np.random.default_rng([seed, epoch]).permutation(n).astype(np.int32)
 
@@ -156,37 +162,46 @@ def fit(
     >>> x = np.linspace(-1, 1, 64, dtype="float32")[:, None]
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     >>> model.compile(keras.optimizers.SGD(0.1), loss="mse")
-    >>> history = fit(model, x, 3 * x + 1, epochs=20, seed=0)
+    >>> history = fit(model, x, 3 * x + 1, epochs=50, seed=0)
     >>> history.history["loss"][-1] < 1e-3
     True
     """
     _check_arguments(model, epochs, batch_size, initial_epoch)
+    _check_validation_freq(validation_freq)
     callbacks = _as_list(callbacks)
+    common = {
+        "epochs": epochs,
+        "callbacks": callbacks,
+        "verbose": 2 if verbose else 0,
+        "validation_freq": validation_freq,
+        "initial_epoch": initial_epoch,
+    }
     if fit_options or _is_stream(x):
-        why = f"option {', '.join(fit_options)}" if fit_options else f"a {type(x).__name__}"
-        options = dict(fit_options, validation_split=validation_split)
-        options.update({} if sample_weight is None else {"sample_weight": sample_weight})
-        model.fit(
+        why = f"option {', '.join(fit_options)}" if fit_options else f"x is a {type(x).__name__}"
+        if not _is_stream(x):
+            common.update(batch_size=batch_size)
+        return _model_fit(
+            model,
+            why,
+            None,
             x,
             y,
-            epochs=epochs,
-            batch_size=None if _is_stream(x) else batch_size,
-            validation_data=validation_data,
-            callbacks=callbacks,
-            shuffle=shuffle,
-            verbose=2 if verbose else 0,
+            # Keras shuffles the batches of a PyDataset, and warns about a Dataset or a generator.
+            shuffle=shuffle and (not _is_stream(x) or isinstance(x, keras.utils.PyDataset)),
             class_weight=class_weight,
-            validation_freq=validation_freq,
-            initial_epoch=initial_epoch,
-            **options,
+            sample_weight=sample_weight,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            **common,
+            **fit_options,
         )
-        model.history.engine = f"model.fit: {why}"
-        return model.history
 
-    data = _Arrays.of(x, y, sample_weight, class_weight)
-    validation = None if validation_data is None else _Arrays.of(*validation_data)
+    data = _Arrays.of(x, y, sample_weight)
+    validation = _validation(validation_data)
     if validation_split and validation is None:
         data, validation = data.split(validation_split)
+    if class_weight is not None:
+        data = data.weighted(class_weight)
     if seed is None:
         seed = int(np.random.randint(2**31))  # noqa: NPY002  (what set_random_seed seeds)
 
@@ -194,30 +209,25 @@ def fit(
         return batch_order(data.n, seed, epoch) if shuffle else np.arange(data.n, dtype=np.int32)
 
     reason = _reason_for_model_fit(model, callbacks)
+    if _is_stream(validation):
+        reason = f"validation_data is a {type(validation).__name__}"
     if reason is not None:
         batches = _SameOrder(data, batch_size, order)
-        begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.begin(epoch))
-        model.fit(
-            batches,
-            epochs=epochs,
-            validation_data=None if validation is None else validation.as_tuple(),
-            validation_batch_size=EVALUATION_BATCH,
-            callbacks=[begin, *callbacks],
-            shuffle=False,
-            verbose=2 if verbose else 0,
-            validation_freq=validation_freq,
-            initial_epoch=initial_epoch,
+        begin = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: batches.begin(epoch)
         )
-        model.history.engine = f"model.fit: {reason}"
-        return model.history
+        if isinstance(validation, _Arrays):
+            validation = validation.as_tuple()
+            common.update(validation_batch_size=batch_size)
+        common.update(callbacks=[begin, *callbacks], shuffle=False)
+        return _model_fit(model, reason, data, batches, validation_data=validation, **common)
 
-    _build(model, data)
+    with _readable_errors(model):
+        _build(model, data)
     steps = -(-data.n // batch_size)
     if jit_compile == "auto":
         jit_compile = _xla_pays(model, steps * (epochs - initial_epoch))
     programs = _Programs(model, bool(jit_compile))
-    terminates_on_nan = any(isinstance(c, keras.callbacks.TerminateOnNaN) for c in callbacks)
-
     callback_list = keras.callbacks.CallbackList(
         callbacks, add_history=True, model=model, epochs=epochs, steps=steps, verbose=verbose
     )
@@ -230,7 +240,7 @@ def fit(
         callback_list.on_epoch_begin(epoch)
         bad_step, logs = programs.train(data, order(epoch), batch_size)
         if bad_step is not None:
-            if not terminates_on_nan:
+            if not _handles_divergence(callbacks):
                 raise _divergence(model, data, epoch, bad_step, steps, logs["loss"])
             for callback in callbacks:
                 if isinstance(callback, keras.callbacks.TerminateOnNaN):
@@ -238,21 +248,24 @@ def fit(
         if validation is not None and _is_due(epoch, validation_freq):
             callback_list.on_test_begin()
             model.reset_metrics()
-            val_logs = programs.evaluate(validation)
+            val_logs = programs.evaluate(validation, batch_size)
             callback_list.on_test_end(val_logs)
             logs.update({f"val_{name}": value for name, value in val_logs.items()})
         callback_list.on_epoch_end(epoch, logs)
         if verbose:
-            values = " - ".join(f"{name}: {value:.4f}" for name, value in logs.items())
+            values = " - ".join(f"{name}: {np.round(value, 4)}" for name, value in logs.items())
             print(f"Epoch {epoch + 1}/{epochs} - {values}")
         if model.stop_training:
             break
-    model.optimizer.finalize_variable_values(model.trainable_weights)
+    if epochs > 0:
+        model.optimizer.finalize_variable_values(model.trainable_weights)
     callback_list.on_train_end(logs)
     return model.history
 
 
-def evaluate(model: keras.Model, x: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
+def evaluate(
+    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32
+) -> dict[str, float]:
     """Return loss and metrics of a compiled model, like ``model.evaluate(return_dict=True)``.
 
     The compiled graph is shared with other models of the same architecture, see `fit`.
@@ -261,7 +274,7 @@ def evaluate(model: keras.Model, x: Any, y: Any, sample_weight: Any = None) -> d
     ----------
     model : keras.Model
         A compiled model.
-    x, y, sample_weight : array-like, first dimension n
+    x, y, sample_weight, batch_size
         As in `model.evaluate`.
 
     Returns
@@ -276,22 +289,80 @@ def evaluate(model: keras.Model, x: Any, y: Any, sample_weight: Any = None) -> d
     >>> sorted(evaluate(model, np.zeros((4, 2)), np.ones((4, 1))).items())
     [('loss', 1.0)]
     """
-    _check_arguments(model, 1, 1, 0)
+    _check_arguments(model, 1, batch_size, 0)
     if _is_stream(x) or _reason_for_model_fit(model, ()) is not None:
-        return model.evaluate(x, y, sample_weight=sample_weight, return_dict=True, verbose=0)
+        options = (
+            {} if _is_stream(x) else {"sample_weight": sample_weight, "batch_size": batch_size}
+        )
+        return model.evaluate(x, y, return_dict=True, verbose=0, **options)
     data = _Arrays.of(x, y, sample_weight)
-    _build(model, data)
+    with _readable_errors(model):
+        _build(model, data)
     model.reset_metrics()
-    return _Programs(model, jit_compile=False).evaluate(data)
+    return _Programs(model, jit_compile=False).evaluate(data, batch_size)
 
 
 def describe(model: keras.Model) -> str:
     """Return what shapes the training of a compiled model, as JSON.
 
-    Two models with equal descriptions differ in initial values, seeds, names and those
-    hyperparameters that optimizers hold in variables, but in nothing else.
+    Two models with equal descriptions may differ in initial values, seeds, names and those
+    hyperparameters that optimizers hold in variables. For a subclassed model, where Keras knows no
+    architecture, the description holds the code of the class and the shapes of the variables.
     """
-    return _signature(model).description
+    signature = _signature(model)
+    return json.dumps([signature.description, [fingerprint(part) for part in signature.code]])
+
+
+def fingerprint(code: Any) -> str:
+    """Return a text that changes with the code of a function or class.
+
+    It covers the byte code, the defaults, and what the code refers to: plain values (numbers,
+    strings ...) and functions of the same module.
+
+    Parameters
+    ----------
+    code : function, class or functools.partial
+
+    Examples
+    --------
+    >>> def make(slope):
+    ...     return lambda z: slope * z
+    >>> fingerprint(make(0.1)) == fingerprint(make(0.1))
+    True
+    >>> fingerprint(make(0.1)) == fingerprint(make(0.2))
+    False
+    """
+    seen = set()
+
+    def text(part):
+        if isinstance(part, CodeType):
+            return [part.co_code.hex(), part.co_names, [text(item) for item in part.co_consts]]
+        if isinstance(part, functools.partial):
+            return [text(part.func), text(part.args), text(part.keywords)]
+        if isinstance(part, (staticmethod, classmethod, MethodType)):
+            return text(part.__func__)
+        if isinstance(part, property):
+            return [text(part.fget), text(part.fset)]
+        if isinstance(part, Mapping):
+            return [[str(key), text(value)] for key, value in part.items()]
+        if isinstance(part, (tuple, list)):
+            return [text(item) for item in part]
+        if isinstance(part, (type, FunctionType)):
+            name = f"{part.__module__}.{part.__qualname__}"
+            if id(part) in seen or (seen and part.__module__ != module):
+                return name
+            seen.add(id(part))
+            if isinstance(part, type):
+                members = {k: v for k, v in vars(part).items() if k != "__doc__"}
+                return [name, [text(base) for base in part.__bases__], text(members)]
+            used = inspect.getclosurevars(part)
+            values = [part.__defaults__, part.__kwdefaults__, used.nonlocals, used.globals]
+            return [name, text(part.__code__), text(values)]
+        plain = isinstance(part, (str, bytes, int, float, complex, type(None)))
+        return repr(part) if plain else type(part).__name__
+
+    module = getattr(code, "__module__", None)
+    return json.dumps(text(code))
 
 
 def clear_programs() -> None:
@@ -302,7 +373,7 @@ def clear_programs() -> None:
         _signatures.clear()
 
 
-# --- arguments -------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
 
 def _check_arguments(model, epochs, batch_size, initial_epoch):
@@ -321,6 +392,16 @@ def _check_arguments(model, epochs, batch_size, initial_epoch):
             raise ValueError(f"{name} must be at least {low}, received {value}")
 
 
+def _check_validation_freq(validation_freq):
+    if isinstance(validation_freq, (int, np.integer)) and not isinstance(validation_freq, bool):
+        if validation_freq < 1:
+            raise ValueError(f"validation_freq must be at least 1, received {validation_freq}")
+    elif not isinstance(validation_freq, Collection) or isinstance(validation_freq, str):
+        raise TypeError(
+            f"validation_freq must be an integer or a list of epochs, received {validation_freq!r}"
+        )
+
+
 def _as_list(callbacks):
     if callbacks is None:
         return []
@@ -330,7 +411,7 @@ def _as_list(callbacks):
 
 
 def _is_due(epoch, validation_freq):
-    if isinstance(validation_freq, int):
+    if isinstance(validation_freq, (int, np.integer)):
         return (epoch + 1) % validation_freq == 0
     return epoch + 1 in validation_freq
 
@@ -345,28 +426,28 @@ class _Arrays:
     n: int
 
     @classmethod
-    def of(cls, x, y=None, sample_weight=None, class_weight=None):
-        if class_weight is not None:
-            if sample_weight is not None:
-                raise ValueError("class_weight and sample_weight cannot be given together")
-            sample_weight = _class_weights(y, class_weight)
+    def of(cls, x, y=None, sample_weight=None, where=""):
         parts = {}
         for name, value in (("x", x), ("y", y), ("sample_weight", sample_weight)):
             parts[name] = keras.tree.map_structure(
                 lambda array, name=name: _tensor(name, array), value
             )
-        lengths = {
-            f"{name}": int(leaf.shape[0])
+        leaves = [
+            (name, leaf)
             for name, value in parts.items()
             for leaf in keras.tree.flatten(value)
             if leaf is not None
-        }
-        if len(set(lengths.values())) != 1:
-            received = ", ".join(f"{name}: {n}" for name, n in lengths.items())
-            raise ValueError(f"x, y and sample_weight must have one length, received {received}")
-        n = next(iter(lengths.values()))
+        ]
+        if parts["x"] is None or not leaves:
+            raise ValueError(f"x must hold training data{where}, received {x!r}")
+        n = int(leaves[0][1].shape[0])
+        if any(int(leaf.shape[0]) != n for _, leaf in leaves):
+            received = ", ".join(f"{name}: {leaf.shape[0]}" for name, leaf in leaves)
+            raise ValueError(
+                f"x, y and sample_weight must have one length{where}, received {received}"
+            )
         if n == 0:
-            raise ValueError("x must hold at least one sample, received none")
+            raise ValueError(f"x must hold at least one sample{where}, received none")
         return cls(parts["x"], parts["y"], parts["sample_weight"], n)
 
     def split(self, fraction):
@@ -379,6 +460,20 @@ class _Arrays:
         head = self.map(lambda array: array[:at])
         tail = self.map(lambda array: array[at:])
         return _Arrays(*head, at), _Arrays(*tail, self.n - at)
+
+    def weighted(self, class_weight):
+        """Weight the samples by their class; as in Keras, a class without an entry has weight 1."""
+        if self.sample_weight is not None:
+            raise ValueError("class_weight and sample_weight cannot be given together")
+        if not tf.is_tensor(self.y):
+            raise ValueError("class_weight needs a model with one output, and y as one array")
+        labels = self.y.numpy()
+        if labels.ndim > 1:
+            labels = labels.argmax(-1) if labels.shape[-1] > 1 else labels[..., 0]
+        weights = np.ones(labels.shape, keras.config.floatx())
+        for label, weight in class_weight.items():
+            weights[np.round(labels) == label] = weight
+        return _Arrays(self.x, self.y, tf.convert_to_tensor(weights), self.n)
 
     def as_tuple(self):
         """Return (x, y) or (x, y, sample_weight)."""
@@ -393,41 +488,49 @@ class _Arrays:
 
 
 def _tensor(name, array):
-    if array is None or tf.is_tensor(array):
-        return array
-    array = np.asarray(array)
-    if array.dtype == object or array.dtype.kind in "USV":
-        raise TypeError(f"{name} must be numeric, received an array of dtype {array.dtype}")
-    if array.ndim == 0:
-        raise ValueError(f"{name} must have a sample dimension, received a scalar")
-    if array.dtype.kind == "f":
-        array = array.astype(keras.config.floatx(), copy=False)  # as model.fit does
-    return tf.convert_to_tensor(array)
+    if array is None:
+        return None
+    if not tf.is_tensor(array):
+        array = np.asarray(array)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"{name} must be numeric, received an array of dtype {array.dtype}")
+    if len(array.shape) == 0:
+        raise ValueError(f"{name} must have a sample dimension, received a scalar (a list?)")
+    array = tf.convert_to_tensor(array)
+    # Floats become Keras's default float type, as in model.fit.
+    return tf.cast(array, keras.config.floatx()) if array.dtype.is_floating else array
 
 
-def _class_weights(y, class_weight):
-    """Return one weight per sample; as in Keras, a class without an entry has weight 1."""
-    labels = np.asarray(y)
-    labels = labels.argmax(-1) if labels.ndim > 1 and labels.shape[-1] > 1 else labels.reshape(-1)
-    labels = np.round(labels).astype(int)
-    return np.array([class_weight.get(int(label), 1.0) for label in labels], keras.config.floatx())
+def _validation(validation_data):
+    if validation_data is None or _is_stream(validation_data):
+        return validation_data
+    if not isinstance(validation_data, (tuple, list)) or len(validation_data) not in (2, 3):
+        raise TypeError(
+            "validation_data must be a tuple (x, y) or (x, y, sample_weight), received "
+            f"{type(validation_data).__name__}"
+        )
+    return _Arrays.of(*validation_data, where=" in validation_data")
 
 
 def _divergence(model, data, epoch, step, steps, loss):
-    message = f"the loss became {loss} at epoch {epoch + 1}, step {step + 1} of {steps}"
+    of = f" of {steps}" if steps else ""
+    message = f"the loss became {loss} at epoch {epoch + 1}, step {step + 1}{of}"
+    arrays = [] if data is None else keras.tree.flatten((data.x, data.y, data.sample_weight))
     bad_input = any(
-        leaf is not None and leaf.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(leaf)))
-        for leaf in keras.tree.flatten((data.x, data.y))
+        array is not None
+        and array.dtype.is_floating
+        and not bool(tf.reduce_all(tf.math.is_finite(array)))
+        for array in arrays
     )
     if bad_input:
-        message += "; x or y contains values that are not finite"
+        message += "; x, y or sample_weight contains values that are not finite"
     else:
-        rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+        rate = float(tf.convert_to_tensor(model.optimizer.learning_rate))
         message += f"; the usual remedy is a learning rate below the present {rate:.3g}"
     return DivergenceError(message, epoch, step, model.history)
 
 
-# --- what model.fit has to do ----------------------------------------------------------------------
+# --- what model.fit has to do ---------------------------------------------------------------------
 
 _BATCH_HOOKS = (
     "on_batch_begin",
@@ -439,7 +542,19 @@ _BATCH_HOOKS = (
 )
 
 
+#: Methods of a model that the compiled epoch takes for Keras's own.
+_STEPS = (
+    "train_step",
+    "test_step",
+    "compute_metrics",
+    "get_metrics_result",
+    "make_train_function",
+    "make_test_function",
+)
+
+
 def _is_stream(x) -> bool:
+    """Whether `x` is something other than arrays in memory."""
     return isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)) or hasattr(x, "__next__")
 
 
@@ -447,10 +562,13 @@ def _reason_for_model_fit(model, callbacks) -> str | None:
     """Say why training has to be left to `model.fit`, or return None."""
     if model.run_eagerly:
         return "the model runs eagerly"
-    if type(model).train_step is not keras.Model.train_step:
-        return "the model has its own train_step"
-    if type(model).test_step is not keras.Model.test_step:
-        return "the model has its own test_step"
+    for name in _STEPS:
+        if getattr(type(model), name) is not getattr(keras.Model, name) or name in vars(model):
+            return f"the model has its own {name}"
+    if any(getattr(layer, "stateful", False) for layer in model._flatten_layers()):
+        return "a layer keeps its state from batch to batch"
+    if isinstance(model.optimizer, keras.optimizers.MultiOptimizer):
+        return "the model has several optimizers"
     if model.optimizer is None:
         return "the model has no optimizer"
     if tf.distribute.has_strategy() or model.distribute_strategy.num_replicas_in_sync > 1:
@@ -470,6 +588,36 @@ def _acts_on_batches(callback) -> bool:
         if owner not in known or hook in vars(callback):
             return True
     return False
+
+
+def _model_fit(model, why, data, *arguments, callbacks, **options):
+    """Train with `model.fit`, under the same rules for the history and for divergence."""
+    callbacks = [*callbacks, _InModelFit(why, data, raises=not _handles_divergence(callbacks))]
+    return model.fit(*arguments, callbacks=callbacks, **options)
+
+
+def _handles_divergence(callbacks) -> bool:
+    return any(isinstance(callback, keras.callbacks.TerminateOnNaN) for callback in callbacks)
+
+
+class _InModelFit(keras.callbacks.Callback):
+    """Label the history of a `model.fit`, and raise `DivergenceError`."""
+
+    def __init__(self, why, data, raises):
+        super().__init__()
+        self.why, self.data, self.raises = why, data, raises
+
+    def on_train_begin(self, logs=None):
+        self.model.history.engine = f"model.fit: {self.why}"
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        loss = (logs or {}).get("loss", 0.0)
+        if self.raises and not np.isfinite(loss):
+            steps = self.params["steps"]
+            raise _divergence(self.model, self.data, self.epoch, batch, steps, loss)
 
 
 class _SameOrder(keras.utils.PyDataset):
@@ -493,18 +641,20 @@ class _SameOrder(keras.utils.PyDataset):
         return _Arrays(*self.data.map(lambda array: array[rows]), len(rows)).as_tuple()
 
 
-# --- programs --------------------------------------------------------------------------------------
+# --- programs -------------------------------------------------------------------------------------
 
 
 def _build(model, data):
     """Create all variables, so that none is born inside a graph."""
-    x, y, sample_weight = data.map(lambda array: array[:2])
-    if not (model.built and model.optimizer.built and all(getattr(m, "built", True) for m in model.metrics)):
+    parts = [model, model.optimizer, model._compile_loss, *model.metrics]
+    if not all(part is None or getattr(part, "built", True) for part in parts):
+        x, y, sample_weight = data.map(lambda array: array[:2])
         y_pred = model(x, training=False)
         model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
         model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         model.reset_metrics()
-    model.optimizer.build(model.trainable_variables)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
 
 
 def _variables(model) -> list[keras.Variable]:
@@ -514,7 +664,7 @@ def _variables(model) -> list[keras.Variable]:
 
 
 def _optimizers(model):
-    """The optimizer and, for loss scaling, the one inside it."""
+    """Return the optimizer and, for loss scaling, the one inside it."""
     inner = getattr(model.optimizer, "inner_optimizer", None)
     return [model.optimizer] if inner is None else [model.optimizer, inner]
 
@@ -529,7 +679,8 @@ class _Hyperparameter:
 
     #: Left out are the decay rates of Adam and its relatives: they enter as ``1 - beta``, which
     #: Python computes in double precision and a float32 argument could not reproduce.
-    NAMES = ("momentum", "weight_decay", "clipnorm", "clipvalue", "global_clipnorm")
+    NAMES = ("weight_decay", "clipnorm", "clipvalue", "global_clipnorm")
+    WITH_MOMENTUM = (keras.optimizers.SGD, keras.optimizers.RMSprop)
 
     def __init__(self, value, tensor):
         self.value, self.tensor, self.dtype = value, tensor, "float32"
@@ -549,8 +700,8 @@ class _Hyperparameter:
     def __mul__(self, other):
         return self.tensor * other
 
-    def __sub__(self, other):
-        return self.tensor - other
+    def __neg__(self):
+        return -self.tensor
 
     def __rtruediv__(self, other):
         return other / self.tensor
@@ -559,19 +710,22 @@ class _Hyperparameter:
     __hash__ = None
 
     @classmethod
-    def of(cls, optimizer) -> dict[str, float]:
-        """The hyperparameters of `optimizer` that can be lifted, by name."""
-        found = {name: getattr(optimizer, name, None) for name in cls.NAMES}
+    def of(cls, model) -> dict[str, float]:
+        """Return the hyperparameters of the model's optimizer that can be lifted, by name."""
+        optimizer = model.optimizer
+        if not _is_keras(optimizer) or any(v.dtype != "float32" for v in model.trainable_variables):
+            return {}  # a custom optimizer may compute anything with its numbers
+        names = [*cls.NAMES, *(["momentum"] if type(optimizer) in cls.WITH_MOMENTUM else [])]
+        found = {name: getattr(optimizer, name, None) for name in names}
         return {name: value for name, value in found.items() if type(value) is float and value}
 
 
 @contextlib.contextmanager
-def _borrowed(model, variables, values, hyperparameters):
+def _borrowed(model, variables, values, numbers, tensors):
     """Let the model's variables and hyperparameters stand for the arguments of a graph."""
     own = [v._value for v in variables]
     optimizers = _optimizers(model)
     indices = [o._trainable_variables_indices for o in optimizers]
-    numbers = _Hyperparameter.of(model.optimizer)
     try:
         for variable, value in zip(variables, values, strict=True):
             variable._value = value
@@ -580,7 +734,7 @@ def _borrowed(model, variables, values, hyperparameters):
             optimizer._trainable_variables_indices = {
                 optimizer._var_key(v): i for i, v in enumerate(optimizer._trainable_variables)
             }
-        for (name, number), tensor in zip(numbers.items(), hyperparameters, strict=True):
+        for (name, number), tensor in zip(numbers.items(), tensors, strict=True):
             setattr(model.optimizer, name, _Hyperparameter(number, tensor))
         yield
     finally:
@@ -594,7 +748,7 @@ def _borrowed(model, variables, values, hyperparameters):
 
 @contextlib.contextmanager
 def _readable_errors(model):
-    """Turn TensorFlow's pages about a failed trace into one error."""
+    """Turn TensorFlow's pages about a failed graph into one error."""
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
@@ -608,146 +762,153 @@ class _Programs:
     """The compiled graphs of one model: an epoch of training, and an evaluation.
 
     A graph is made for a signature, which names all that is built into it; models with equal
-    signatures share it. A model whose parts cannot be compared safely (an unregistered custom
-    function, a subclassed model) has graphs of its own.
+    signatures share it. A model whose parts cannot be compared safely (a subclassed model, a
+    function from a notebook) has graphs of its own, which hold its variables as usual.
     """
 
     def __init__(self, model, jit_compile):
         self.model, self.jit_compile = model, jit_compile
-        signature = _signature(model)
+        self.signature = signature = _signature(model)
+        compiled = model._loss_tracker  # a new object after each call of compile()
         with _lock:
-            compiled = model._compile_loss  # a new object after each call of compile()
             before = _signatures.get(model)
-            if before is not None and before[0] is compiled and before[1] != signature:
+            if before is not None and before[0] is not compiled:
+                _own_programs.pop(model, None)
+            elif before is not None and before[1] != signature:
                 raise ValueError(
-                    "model was changed after compile() (for example layers were frozen or unfrozen); "
-                    "Keras takes such a change into account only after the next compile(): call it"
+                    "model was changed after compile() (for example layers were frozen or "
+                    "unfrozen); Keras takes that into account after the next compile(): call it"
                 )
             _signatures[model] = (compiled, signature)
-            if signature.shareable:
-                self.cache = _shared_programs
-            else:
-                self.cache = _own_programs.setdefault(model, OrderedDict())
-        self.signature = signature
-        self.variables = _variables(model)
-        self.hyperparameters = list(_Hyperparameter.of(model.optimizer).values())
+            self._share(signature.shareable)
+
+    def _share(self, shared):
+        self.shared = shared
+        if shared:
+            self.cache = _shared_programs
+            self.variables = _variables(self.model)
+            self.numbers = _Hyperparameter.of(self.model)
+        else:
+            self.cache = _own_programs.setdefault(self.model, OrderedDict())
+            self.variables, self.numbers = [], {}
 
     def train(self, data, order, batch_size):
         """Run one epoch; return the first step with a non-finite loss, if any, and the logs."""
-        steps, rest = divmod(data.n, batch_size)
-        full = order[: steps * batch_size].reshape(steps, batch_size)
-        program = self._program("train", data, (batch_size, rest))
-        first_bad, logs = program(
-            [v.value for v in self.variables],
-            [tf.constant(number, tf.float32) for number in self.hyperparameters],
-            data.x,
-            data.y,
-            data.sample_weight,
-            tf.constant(full),
-            tf.constant(order[steps * batch_size :]),
-        )
-        first_bad = int(first_bad)
-        return (None if first_bad < 0 else first_bad), _to_floats(logs)
+        first_bad, logs = self._run("train", data, order, batch_size)
+        return (None if first_bad < 0 else first_bad), logs
 
-    def evaluate(self, data):
+    def evaluate(self, data, batch_size):
         """Return loss and metrics over `data`."""
-        steps, rest = divmod(data.n, EVALUATION_BATCH)
-        rows = np.arange(data.n, dtype=np.int32)
-        program = self._program("evaluate", data, (rest,))
-        logs = program(
-            [v.value for v in self.variables],
-            [tf.constant(number, tf.float32) for number in self.hyperparameters],
-            data.x,
-            data.y,
-            data.sample_weight,
-            tf.constant(rows[: steps * EVALUATION_BATCH].reshape(steps, EVALUATION_BATCH)),
-            tf.constant(rows[steps * EVALUATION_BATCH :]),
-        )
-        return _to_floats(logs)
+        return self._run("evaluate", data, np.arange(data.n, dtype=np.int32), batch_size)[1]
 
-    def _program(self, task, data, sizes):
-        # XLA compiles for exact shapes; a plain graph serves any number of samples.
-        specs = data.map(
-            lambda array: tf.TensorSpec(
-                array.shape if self.jit_compile else (None, *array.shape[1:]), array.dtype
+    def _run(self, task, data, order, batch_size):
+        with _readable_errors(self.model):
+            program = self._program(task, data, batch_size)
+            first_bad, logs = program(
+                [v.value for v in self.variables],
+                [tf.constant(number, tf.float32) for number in self.numbers.values()],
+                data.x,
+                data.y,
+                data.sample_weight,
+                tf.constant(order),
+                tf.constant(batch_size),
             )
+        return int(first_bad), {
+            name: float(value) if value.shape.rank == 0 else value.numpy()
+            for name, value in logs.items()
+        }
+
+    def _program(self, task, data, batch_size):
+        # XLA compiles for exact sizes; a plain graph serves any number of samples, in any batches.
+        sizes = (data.n, batch_size) if self.jit_compile else None
+        specs = data.map(
+            lambda array: tf.TensorSpec((sizes and data.n, *array.shape[1:]), array.dtype)
         )
-        layout = json.dumps([str(leaf) for leaf in keras.tree.flatten(specs)])
-        key = (self.signature, task, sizes, layout, data.n if self.jit_compile else None)
-        key = (*key, self.jit_compile)
+        # A dictionary finds its inputs by their names, which a signature does not hold.
+        names = [i.name for i in self.model.inputs] if isinstance(data.x, Mapping) else None
+        key = (self.signature, task, repr(specs), repr(names), sizes)
         with _lock:
             if key in self.cache:
                 self.cache.move_to_end(key)
-            else:
-                self.cache[key] = self._trace(task, specs, data.n, sizes)
-                while len(self.cache) > MAX_PROGRAMS:
-                    self.cache.popitem(last=False)
-            return self.cache[key]
+                return self.cache[key]
+            if self.shared and _signature(self.model) != self.signature:
+                self._share(False)  # a callback has changed the model since
+            program = self._trace(task, specs, sizes)
+            if self.shared and program.captured_inputs:
+                self._share(False)  # it depends on something that is not in the signature
+                program = self._trace(task, specs, sizes)
+            self.cache[key] = program
+            while len(self.cache) > MAX_PROGRAMS:
+                self.cache.popitem(last=False)
+            return program
 
-    def _trace(self, task, specs, n, sizes):
-        model, variables = self.model, self.variables
-        rest = sizes[-1]
-        size = sizes[0] if task == "train" else EVALUATION_BATCH
+    def _trace(self, task, specs, sizes):
+        model, variables, numbers = self.model, self.variables, self.numbers
 
-        def train(values, hyperparameters, x, y, sample_weight, full, last):
-            arrays = _Arrays(x, y, sample_weight, n)
+        def program(values, tensors, x, y, sample_weight, order, batch_size):
+            arrays = _Arrays(x, y, sample_weight, None)
 
             def step(rows, i, first_bad):
-                logs = model.train_step(arrays.map(lambda array: tf.gather(array, rows)))
-                is_bad = (first_bad < 0) & ~tf.math.is_finite(logs["loss"])
-                return tf.where(is_bad, i, first_bad)
+                batch = arrays.map(lambda array: tf.gather(array, rows))
+                if task == "evaluate":
+                    model.test_step(batch)
+                    return first_bad
+                loss = model.train_step(batch).get("loss", 0.0)
+                return tf.where((first_bad < 0) & ~tf.math.is_finite(loss), i, first_bad)
 
-            with _borrowed(model, variables, values, hyperparameters):
-                steps = tf.shape(full)[0]
-                i, first_bad = tf.while_loop(
-                    lambda i, first_bad: (i < steps) & (first_bad < 0),
-                    lambda i, first_bad: (i + 1, step(full[i], i, first_bad)),
-                    (tf.constant(0), tf.constant(-1)),
-                )
-                if rest:
-                    first_bad = step(last, i, first_bad)
+            with _borrowed(model, variables, values, numbers, tensors):
+                first_bad = _over_batches(step, order, batch_size, sizes)
                 return first_bad, model.get_metrics_result()
 
-        def evaluate(values, hyperparameters, x, y, sample_weight, full, last):
-            arrays = _Arrays(x, y, sample_weight, n)
-
-            def step(rows):
-                model.test_step(arrays.map(lambda array: tf.gather(array, rows)))
-
-            def body(i):
-                step(full[i])
-                return (i + 1,)
-
-            with _borrowed(model, variables, values, hyperparameters):
-                tf.while_loop(lambda i: i < tf.shape(full)[0], body, (tf.constant(0),))
-                if rest:
-                    step(last)
-                return model.get_metrics_result()
-
-        function = tf.function(
-            train if task == "train" else evaluate, jit_compile=self.jit_compile, autograph=False
+        return tf.function(
+            program, jit_compile=sizes is not None, autograph=False
+        ).get_concrete_function(
+            [v.value for v in variables],
+            [tf.TensorSpec((), tf.float32)] * len(numbers),
+            *specs,
+            tf.TensorSpec((sizes and sizes[0],), tf.int32),
+            tf.TensorSpec((), tf.int32),
         )
-        steps = n // size if self.jit_compile else None
-        with _readable_errors(model):
-            program = function.get_concrete_function(
-                [v.value for v in variables],
-                [tf.TensorSpec((), tf.float32)] * len(self.hyperparameters),
-                *specs,
-                tf.TensorSpec((steps, size), tf.int32),
-                tf.TensorSpec((rest,), tf.int32),
-            )
-        if program.captured_inputs and self.signature.shareable:
-            raise AssertionError(
-                "a shared program must not hold on to variables of one model; please report this"
-            )
-        return program
 
 
-def _to_floats(logs):
-    return {
-        name: float(value) if value.shape.rank == 0 else value.numpy()
-        for name, value in logs.items()
-    }
+def _over_batches(step, order, batch_size, sizes):
+    """Call ``step(rows, i, first_bad)`` for the rows of each batch, until one is bad.
+
+    With given `sizes` (n, batch size) the last, smaller batch stands outside of the loop, since
+    XLA needs the size of all arrays.
+    """
+    begin = (tf.constant(0), tf.constant(-1))
+    if sizes is None:
+        steps = -(-tf.shape(order)[0] // batch_size)
+        return tf.while_loop(
+            lambda i, first_bad: (i < steps) & (first_bad < 0),
+            lambda i, first_bad: (
+                i + 1,
+                step(order[i * batch_size : (i + 1) * batch_size], i, first_bad),
+            ),
+            begin,
+        )[1]
+
+    n, size = sizes
+    steps, rest = divmod(n, size)
+
+    def sized_step(count, i, first_bad):
+        rows = tf.slice(order, [i * size], [count])
+        # Keras counts on a batch size that is unknown in Python, as it is in model.fit.
+        return step(tf.compat.v1.placeholder_with_default(rows, (None,)), i, first_bad)
+
+    i, first_bad = begin
+    if steps:
+        i, first_bad = tf.while_loop(
+            lambda i, first_bad: (i < steps) & (first_bad < 0),
+            lambda i, first_bad: (i + 1, sized_step(size, i, first_bad)),
+            begin,
+        )
+    if rest:
+        first_bad = tf.cond(
+            first_bad < 0, lambda: sized_step(rest, i, first_bad), lambda: first_bad
+        )
+    return first_bad
 
 
 def _xla_pays(model, steps):
@@ -759,7 +920,7 @@ def _xla_pays(model, steps):
     return plain and steps >= XLA_BREAK_EVEN_STEPS
 
 
-# --- which models can share a program --------------------------------------------------------------
+# --- which models can share a program -------------------------------------------------------------
 
 #: A traced epoch takes a few megabytes.
 MAX_PROGRAMS = 64
@@ -775,84 +936,135 @@ class _Signature:
     """All that is built into a program, as comparable values."""
 
     description: str
-    identities: tuple
+    code: tuple
     shareable: bool
 
 
 def _signature(model) -> _Signature:
+    code, shareable = _custom_code(model)
+    known = {getattr(part, "__name__", None) for part in code}
+    describer = _Describer(known, drop_from_optimizer=_Hyperparameter.of(model))
     try:
+        if "<lambda>" in known:
+            raise TypeError("Keras serializes a lambda only with a warning")
+        compiled = {k: v for k, v in model._compile_config.config.items() if k != "optimizer"}
         parts = [
-            keras.saving.serialize_keras_object(model.optimizer),
-            {k: v for k, v in model.get_compile_config().items() if k != "optimizer"},
+            describer.architecture(model.get_config()),
+            describer.optimizer(keras.saving.serialize_keras_object(model.optimizer)),
+            describer.compiled(keras.saving.serialize_keras_object(compiled)),
             model.output_names if len(model.outputs) > 1 else [],
         ]
-        architecture = model.get_config()
-        shareable = type(model).__module__.startswith("keras.")
     except (AttributeError, NotImplementedError, TypeError, ValueError):
-        parts, architecture, shareable = [], {}, False
-    described = _Description(model)
+        parts, shareable = [], False
     description = json.dumps(
         [
-            type(model).__name__,
-            described.of(architecture),
-            described.of(parts),
-            [[list(v.shape), str(v.dtype), bool(v.trainable)] for v in model.variables],
-            [number > 0 for number in _Hyperparameter.of(model.optimizer).values()],
+            f"{type(model).__module__}.{type(model).__name__}",
+            parts,
+            [[list(v.shape), str(v.dtype), bool(v.trainable)] for v in _variables(model)],
+            [
+                None if part is None else [type(part).__name__, part.get_config()]
+                for v in model.trainable_variables
+                for part in (v.regularizer, v.constraint)
+                if part is None or _is_keras(part)
+            ],
+            [number > 0 for number in _Hyperparameter.of(model).values()],
+            keras.config.epsilon(),
         ],
         sort_keys=True,
         default=repr,
     )
-    return _Signature(description, tuple(described.identities), shareable and described.complete)
+    return _Signature(description, code, shareable and describer.complete)
 
 
-class _Description:
-    """A configuration without what does not shape the graph: names, seeds, initial values.
+def _is_keras(part) -> bool:
+    """Whether an object, a class or a function is Keras's own."""
+    return str(getattr(part, "__module__", "")).startswith("keras.")
 
-    Custom classes and functions appear in a configuration by name only, and a name can stand for
-    different code over time (a notebook cell that is edited and run again). They are compared by
-    identity; where the object behind a name is not known, the description is not `complete`.
+
+def _custom_code(model) -> tuple[tuple, bool]:
+    """Return all code in a model that is not Keras's, and whether models with equal code can share.
+
+    Custom classes and functions appear in a configuration by name only. A name can stand for
+    different code over time (a notebook cell that is edited and run again), and a function called
+    ``relu`` passes for Keras's own, so that code is compared by identity. Code from a notebook or
+    script is never shared: it often depends on global variables, which change.
     """
+    shareable = _is_keras(type(model))
+    layers = model._flatten_layers()
+    leaves = keras.tree.flatten(model._compile_config.config)
+    leaves += [part for v in model.trainable_variables for part in (v.regularizer, v.constraint)]
+    leaves = [leaf for leaf in leaves if not isinstance(leaf, (str, int, float, type(None)))]
+    code: list = []
+    for part in [*layers, *_optimizers(model), *leaves]:
+        if not _is_keras(part):
+            code.append(part if isinstance(part, FunctionType) else type(part))
+            # A layer's configuration is complete; that of other custom objects need not be.
+            shareable &= isinstance(part, (FunctionType, keras.Layer))
+        for name, value in getattr(part, "__dict__", {}).items():
+            if name in ("build", "quantize", "_losses") or name.endswith("_initializer"):
+                continue  # these two methods are wrapped by Keras in each layer
+            if isinstance(value, (keras.Variable, keras.Layer)):
+                continue
+            if isinstance(part, keras.Layer) and isinstance(value, (tf.Tensor, np.ndarray)):
+                shareable = False  # such as the statistics of a Normalization layer
+            elif callable(value) and not _is_keras(value):
+                code.append(value if isinstance(value, FunctionType) else type(value))
+                shareable &= isinstance(value, FunctionType)
+    if any(hasattr(optimizer, "_exclude_from_weight_decay") for optimizer in _optimizers(model)):
+        shareable = False  # it names variables
+    shareable &= all(part.__module__ != "__main__" and part.__name__ != "<lambda>" for part in code)
+    return tuple(code), shareable
 
-    def __init__(self, model):
-        self.lifted = _Hyperparameter.of(model.optimizer)
-        self.types = {type(layer).__name__: type(layer) for layer in model._flatten_layers()}
-        self.types[type(model.optimizer).__name__] = type(model.optimizer)
+
+class _Describer:
+    """Turns configurations into comparable ones, without what does not shape the graph."""
+
+    def __init__(self, known, drop_from_optimizer):
+        self.known, self.drop_from_optimizer = known, drop_from_optimizer
         self.names: dict[str, str] = {}
-        self.identities: list = []
         self.complete = True
 
-    def of(self, part, key=None):
+    def architecture(self, part, key=None, seeded=False):
+        """Replace names by the order in which they appear; drop seeds and initial values."""
         if isinstance(part, Mapping):
-            self._note_custom_object(part)
-            return {k: self.of(v, k) for k, v in part.items() if not self._is_irrelevant(k, v)}
+            self._note_custom(part)
+            keras_own = part.get("registered_name") is None
+            return {
+                k: self.architecture(v, k, seeded=keras_own and k == "config")
+                for k, v in part.items()
+                if not str(k).endswith("_initializer") and not (seeded and k == "seed")
+            }
         if isinstance(part, (list, tuple)):
             if key in ("input_layers", "output_layers", "keras_history"):
                 return [self._position(item) for item in part]
-            return [self.of(item) for item in part]
-        if callable(part):
-            self.identities.append(part)
-            return "callable"
+            return [self.architecture(item) for item in part]
         return self._position(part) if key == "name" else part
 
+    def optimizer(self, part):
+        """Drop what the optimizer holds in variables, and its name."""
+        if not isinstance(part, Mapping):
+            return part
+        self._note_custom(part)
+        return {
+            k: self.optimizer(v)
+            for k, v in part.items()
+            if not (k in ("name", "learning_rate") and not isinstance(v, Mapping))
+            and k not in self.drop_from_optimizer
+        }
+
+    def compiled(self, part):
+        """Keep everything: names of losses and metrics appear in the history."""
+        if isinstance(part, Mapping):
+            self._note_custom(part)
+            return {k: self.compiled(v) for k, v in part.items()}
+        return [self.compiled(item) for item in part] if isinstance(part, (list, tuple)) else part
+
     def _position(self, item):
-        """Replace a layer's name by the order in which names appear."""
         if isinstance(item, (list, tuple)):
             return [self._position(i) for i in item]
         return self.names.setdefault(item, f"#{len(self.names)}") if isinstance(item, str) else item
 
-    def _is_irrelevant(self, key, value):
-        if key in ("seed", "learning_rate") and not isinstance(value, Mapping):
-            return True
-        return key in self.lifted or str(key).endswith("_initializer")
-
-    def _note_custom_object(self, part):
-        name = part.get("class_name")
-        if name == "__lambda__" or (name == "function" and part.get("module") == "builtins"):
-            known = keras.saving.get_registered_object(part.get("registered_name"))
-        elif part.get("registered_name"):
-            known = keras.saving.get_registered_object(part["registered_name"])
-            known = known or self.types.get(name)
-        else:
-            return
-        self.complete &= known is not None
-        self.identities.append(known)
+    def _note_custom(self, part):
+        if part.get("registered_name") is not None:
+            name = part["config"] if part.get("class_name") == "function" else part["class_name"]
+            self.complete &= name in self.known

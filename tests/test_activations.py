@@ -1,6 +1,7 @@
 import inspect
 import itertools
 import math
+import time
 
 from ch11lib import activations as act
 from ch11lib.backend import keras, tf
@@ -255,7 +256,7 @@ def test_finding_by_name():
 
 
 def test_selu_constants():
-    # Published with the paper's code, and the closed form of its equation 14.
+    # The numbers published with the paper's code, and the closed form that the paper gives.
     alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
     assert pytest.approx(alpha, rel=1e-15) == act.SELU_ALPHA
     assert pytest.approx(scale, rel=1e-15) == act.SELU_SCALE
@@ -310,10 +311,11 @@ def test_moment_map_of_wide_and_narrow_distributions():
     mean, variance = act.moment_map("relu", 0.0, 1e6)
     assert mean == pytest.approx(1000 / math.sqrt(2 * math.pi), rel=1e-9)
     assert variance == pytest.approx(1e6 * (0.5 - 1 / (2 * math.pi)), rel=1e-9)
-    # In a distribution this wide the sigmoid's slope is a spike with integral 1.
+    # In a distribution this wide the slope is a spike; its integral is the function's rise.
     peak = 1 / math.sqrt(2 * math.pi * 1e6)
-    slope = act.moment_jacobian("sigmoid", 0.0, 1e6, omega=1.0)[0, 0]
-    assert slope == pytest.approx(peak, rel=1e-5)
+    for name, rise in (("sigmoid", 1), ("tanh", 2), ("hard_tanh", 2), ("hard_sigmoid", 1)):
+        slope = act.moment_jacobian(name, 0.0, 1e6, omega=1.0)[0, 0]
+        assert slope == pytest.approx(rise * peak, rel=1e-5)
     assert act.moment_map("sigmoid", 5.0, 0.0, omega=1.0) == (pytest.approx(special.expit(5)), 0.0)
     assert act.moment_map("elu", 2.0, 3.0, omega=1.0, alpha=0.5) != pytest.approx(
         act.moment_map("elu", 2.0, 3.0, omega=1.0), rel=1e-3
@@ -554,6 +556,15 @@ def test_time_per_call_sees_a_difference():
     x = np.ones(100_000, "float32")
     times = act.time_per_call({"light": keras.activations.relu, "heavy": heavy}, x, calls=3)
     assert times.heavy.median() > 3 * times.light.median()
+
+
+def test_time_per_call_is_in_seconds_and_for_one_call():
+    def slow(z):
+        tf.numpy_function(lambda: time.sleep(0.02), [], [])
+        return z
+
+    times = act.time_per_call({"slow": slow}, np.ones(3), repeats=2, calls=10)
+    assert 0.02 <= times.slow.min() < 0.1  # ten calls take at least 0.2
 
 
 def test_time_per_call_takes_names_and_models():

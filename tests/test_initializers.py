@@ -344,6 +344,25 @@ def test_statistics(x):
     assert list(forward.columns) == ["z_mean", "z_std", "h_mean", "h_std", "h_mean_square", "dead"]
 
 
+def test_simulate_is_statistics_of_each_seed():
+    table = init.simulate(relu, "he_normal", seeds=[4, 2], width=30, depth=3, examples=20)
+    for seed in (4, 2):
+        rng = np.random.default_rng(seed)
+        layers = init.propagate(rng.standard_normal((20, 30)), [30] * 3, relu, "he_normal", rng=rng)
+        assert table.loc[seed].equals(init.statistics(layers))
+    assert table.index.names == ["seed", "layer"]
+    assert not table.loc[4].equals(table.loc[2])
+    same_layers = init.simulate(
+        relu, "he_normal", seeds=[4, 2], width=30, depth=3, examples=20,
+        derivative=step, biases=0.0, peak=lambda layer: layer.h.max(),
+    )  # fmt: skip
+    assert same_layers.h_std.equals(table.h_std)
+    assert (same_layers.peak > same_layers.h_std).all()
+    assert (same_layers.dz_rms > 0).all()
+    with pytest.raises(ValueError, match="seeds must hold at least one seed"):
+        init.simulate(relu, "he_normal", seeds=[])
+
+
 def test_factor_per_layer():
     assert init.factor_per_layer([3.0, 100.0, 0.3 * 2.5**2]) == pytest.approx(2.5 * math.sqrt(0.1))
     values = np.exp(np.random.default_rng(0).standard_normal(9))
@@ -469,7 +488,7 @@ def test_gaussian_mean_of_arrays():
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.floats(1e-6, 1e6), st.floats(0.01, 100.0), st.floats(0.0, 10.0))
 def test_maps_of_the_error_function_in_closed_form(q, sigma_w2, sigma_b2):
-    # Williams (1997), doi:10.1162/neco.1998.10.5.1203: E[erf(z)²] = 2/π asin(2q / (1 + 2q)).
+    # Williams (1998), Computation with infinite neural networks.
     mean_square = 2 / math.pi * math.asin(2 * q / (1 + 2 * q))
     assert init.variance_map(special.erf, q, sigma_w2, sigma_b2) == pytest.approx(
         sigma_w2 * mean_square + sigma_b2, rel=1e-9
@@ -529,7 +548,7 @@ def test_fixed_point_that_lies_on_the_search_grid():
 
     [point] = init.fixed_points(selu, sigma_w2=1.0)
     assert point.q == pytest.approx(1.0, rel=1e-9)
-    assert point.slope == pytest.approx(0.782648, abs=1e-5)  # Klambauer et al. 2017, section 2
+    assert point.slope == pytest.approx(0.782648, abs=1e-5)  # Klambauer et al. 2017
 
 
 STACKS = {
