@@ -1,38 +1,39 @@
 """Compare ways of training fairly: arms x seeds, with equal data, order, steps and tuning.
 
-An *arm* is one way of doing it: a function of a seed that returns a compiled model. `compare` trains
-every arm with every seed; the runs of one seed see the same batches in the same order in every arm,
-so that arms can be compared seed by seed. If hyperparameters are tuned, every arm gets the same
-number of trials, and on other seeds than those that are reported: a choice that was made on the
-reported runs would flatter whoever had the most luck.
+An *arm* is one way of doing it: a function of a seed that returns a compiled model. `compare`
+trains every arm with every seed; the runs of one seed see the same batches in the same order in
+every arm, so that arms can be compared seed by seed. If hyperparameters are tuned, every arm gets
+the same number of trials, and on other seeds than those that are reported: a choice that was made
+on the reported runs would flatter whoever had the most luck.
 
 The runs of an arm share one compiled graph (see `ch11lib.training`), and run in threads, one per
-core, because TensorFlow computes outside Python's lock. `joblib.parallel_config` sends them to other
-processes or a Dask cluster instead.
+core, because TensorFlow computes outside Python's lock. `joblib.parallel_config` sends them to
+other processes or a Dask cluster instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 from dataclasses import dataclass, replace
 import hashlib
 import itertools
 import json
 import os
 from pathlib import Path
+import random
 import threading
 import time
 from typing import Any
 
+from ch11lib import training
+from ch11lib.backend import keras, tf
+from ch11lib.claims import number
 import joblib
 import numpy as np
 import pandas as pd
 from scipy import stats
 from tqdm import tqdm
-
-from ch11lib import training
-from ch11lib.backend import keras, tf
-from ch11lib.claims import number
 
 __all__ = ["DenseNet", "Difference", "Interrupted", "Results", "compare", "interval", "seeds"]
 
@@ -42,8 +43,8 @@ Arm = Callable[..., keras.Model]
 def seeds(n: int) -> list[int]:
     """Return the `n` seeds of a notebook: 0 ... n-1, or another block when claims are re-measured.
 
-    ``python -m ch11lib run --seeds 0-9`` sets the environment variable ``CH11_SEED`` to 0 ... 9; block
-    k holds the seeds 1000k, 1000k + 1, and so on.
+    ``python -m ch11lib run --seeds 0-9`` sets the environment variable ``CH11_SEED`` to 0 ... 9;
+    block k holds the seeds 1000k, 1000k + 1, and so on.
 
     Examples
     --------
@@ -54,6 +55,23 @@ def seeds(n: int) -> list[int]:
         raise ValueError(f"n must be at least 1, received {n}")
     first = 1000 * int(os.environ.get("CH11_SEED", "0"))
     return [first + i for i in range(n)]
+
+
+@contextlib.contextmanager
+def _seeded(seed):
+    """Seed what Keras draws its seeds from, Python's and NumPy's generators, and put them back.
+
+    `keras.utils.set_random_seed` would also set TensorFlow's seed, which no Keras layer uses, and
+    at which TensorFlow forgets how it had prepared its graphs: a quarter of a second for each.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @dataclass(frozen=True)
@@ -98,11 +116,11 @@ class DenseNet:
         """Return the compiled model; `changes` replace fields of the recipe."""
         if changes:
             return replace(self, **changes)(seed)
-        keras.utils.set_random_seed(seed)
         layers = [keras.Input((self.inputs,))]
-        for i, units in enumerate(self.hidden, start=1):
-            layers += self._hidden(f"hidden_{i}", units)
-        model = keras.Sequential([*layers, keras.layers.Dense(self.classes, name="output")])
+        with _seeded(seed):
+            for i, units in enumerate(self.hidden, start=1):
+                layers += self._hidden(f"hidden_{i}", units)
+            model = keras.Sequential([*layers, keras.layers.Dense(self.classes, name="output")])
         model.compile(
             optimizer=self.optimizer(learning_rate=self.learning_rate),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -157,8 +175,9 @@ def compare(
     Parameters
     ----------
     arms : mapping of str to callable
-        Name of the arm to a function ``arm(seed, **hyperparameters)`` that returns a compiled model.
-        The global seed is set to `seed` before it is called.
+        Name of the arm to a function ``arm(seed, **hyperparameters)`` that returns a compiled
+        model.
+        Python's and NumPy's generators, from which Keras draws its seeds, are seeded for the call.
     data : Dataset or ((x, y), (x_valid, y_valid))
         The same for all runs.
     seeds : sequence of int
@@ -213,7 +232,17 @@ def compare(
     tuning_seeds = _distinct(tuning_seeds, "tuning_seeds")
     if tune is not None and set(seeds) & set(tuning_seeds):
         raise ValueError("tuning_seeds must not share a seed with seeds")
-    protocol = _Protocol(_splits(data), epochs, batch_size, measure, callbacks)
+    trials_per_arm = len(next(iter(grids.values()))) * len(tuning_seeds) if tune else 0
+    protocol = _Protocol(
+        splits=_splits(data),
+        epochs=epochs,
+        batch_size=batch_size,
+        measure=measure,
+        callbacks=callbacks,
+        runs_per_arm=trials_per_arm + len(seeds),
+    )
+    # A trial is judged by its end; callbacks may want to see the validation after every epoch.
+    trial = replace(protocol, validation_freq=1 if callbacks else epochs)
     store = _Store(resume)
     results = Results(metric)
     try:
@@ -225,7 +254,7 @@ def compare(
                 for point in grid
                 for seed in tuning_seeds
             ]
-            for run in _run_all(arms, trials, protocol, store, n_jobs, "tuning"):
+            for run in _run_all(arms, trials, trial, store, n_jobs, "tuning"):
                 results._add(run, tuning=True)
             best = {arm: results._best_point(arm, grid) for arm, grid in grids.items()}
         results.best.update(best)
@@ -239,12 +268,12 @@ def compare(
     return results
 
 
-# --- arguments -------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
 
 def _grids(arms, tune) -> dict[str, list[dict]]:
     if not isinstance(arms, Mapping) or not arms:
-        raise TypeError(f"arms must be a non-empty mapping of names to functions, received {arms!r}")
+        raise TypeError(f"arms must map names to functions, one at least, received {arms!r}")
     for name, arm in arms.items():
         if not callable(arm):
             raise TypeError(f"arms[{name!r}] must be a function of a seed, received {arm!r}")
@@ -276,12 +305,13 @@ def _splits(data):
         (x, y), (x_valid, y_valid) = data
     except (TypeError, ValueError):
         raise TypeError(
-            f"data must be a Dataset or ((x, y), (x_valid, y_valid)), received {type(data).__name__}"
+            "data must be a Dataset or ((x, y), (x_valid, y_valid)), "
+            f"received {type(data).__name__}"
         ) from None
     return (x, y), (x_valid, y_valid)
 
 
-# --- running ---------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -293,13 +323,15 @@ class _Protocol:
     batch_size: int
     measure: Callable | None
     callbacks: Callable | None
+    runs_per_arm: int
+    validation_freq: int = 1
 
     def on_device(self) -> _Protocol:
         """Convert the data once instead of in each run."""
         return replace(self, splits=keras.tree.map_structure(tf.convert_to_tensor, self.splits))
 
     def digest(self):
-        """A hash of the data and the protocol."""
+        """Hash the data and the protocol."""
         digest = hashlib.blake2b(repr((self.epochs, self.batch_size)).encode(), digest_size=16)
         for array in keras.tree.flatten(self.splits):
             digest.update(np.ascontiguousarray(array))
@@ -312,10 +344,10 @@ _build_lock = threading.Lock()
 
 def _run(arm, build, point, seed, protocol) -> dict:
     """Train one model and return what is kept of it."""
-    with _build_lock:
-        keras.utils.set_random_seed(seed)
+    with _build_lock, _seeded(seed):
         model = build(seed, **point)
     (x, y), validation = protocol.splits
+    steps = -(-len(y) // protocol.batch_size) * protocol.epochs * protocol.runs_per_arm
     run = {"arm": arm, "seed": seed, **point, "diverged_at": None}
     start = time.perf_counter()
     try:
@@ -326,8 +358,10 @@ def _run(arm, build, point, seed, protocol) -> dict:
             epochs=protocol.epochs,
             batch_size=protocol.batch_size,
             validation_data=validation,
+            validation_freq=protocol.validation_freq,
             callbacks=protocol.callbacks() if protocol.callbacks else (),
             seed=seed,
+            jit_compile=training.xla_pays(model, steps),  # the runs of an arm share one graph
         )
     except training.DivergenceError as error:
         history = error.history
@@ -350,7 +384,7 @@ def _run_all(arms, trials, protocol, store, n_jobs, title) -> Iterator[dict]:
             keys[i] = _key(arm, arms[arm], point, seed, digest)
     missing = []
     with tqdm(total=len(trials), desc=title, disable=None, leave=False) as bar:
-        for i, trial in enumerate(trials):
+        for i in range(len(trials)):
             run = store.find(keys.get(i))
             if run is None:
                 missing.append(i)
@@ -387,13 +421,13 @@ def _in_parallel(arms, jobs, protocol, n_jobs):
 
 def _key(arm, build, point, seed, digest) -> str:
     """Identify a run by all that determines it: data, protocol, configuration, initial weights."""
-    with _build_lock:
-        keras.utils.set_random_seed(seed)
+    with _build_lock, _seeded(seed):
         model = build(seed, **point)
     digest = digest.copy()
     digest.update(json.dumps([arm, seed, point], sort_keys=True, default=repr).encode())
     digest.update(training.describe(model).encode())
-    digest.update(json.dumps(model.optimizer.get_config(), sort_keys=True, default=repr).encode())
+    optimizer = model.optimizer.get_config() | {"name": None}  # Keras counts the names up
+    digest.update(json.dumps(optimizer, sort_keys=True, default=repr).encode())
     for weights in model.get_weights():
         digest.update(np.ascontiguousarray(weights))
     return digest.hexdigest()
@@ -407,7 +441,11 @@ class _Store:
         self.runs: dict[str, dict] = {}
         if self.path is None or not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise OSError(f"cannot read resume={str(self.path)!r}: {error.strerror}") from error
+        for line in text.splitlines():
             try:
                 entry = json.loads(line)
                 self.runs[entry["key"]] = entry["run"]
@@ -427,11 +465,12 @@ class _Store:
                 file.write("\n" + entry)
         except OSError as error:
             raise OSError(
-                f"cannot keep a finished run in resume={str(self.path)!r}: {error.strerror or error}"
+                f"cannot keep a finished run in resume={str(self.path)!r}: "
+                f"{error.strerror or error}"
             ) from error
 
 
-# --- results ---------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def interval(values: Any, level: float = 0.95) -> tuple[float, float]:
@@ -472,9 +511,9 @@ class Results:
     Attributes
     ----------
     runs : pandas.DataFrame
-        One row per arm and seed: ``arm``, ``seed``, hyperparameters, the last value of every metric,
-        ``seconds``, and ``diverged_at``, which is None or says where the loss ceased to be finite
-        (the metrics are then missing).
+        One row per arm and seed: ``arm``, ``seed``, hyperparameters, the last value of every
+        metric, ``seconds``, and ``diverged_at``, which is None or says where the loss ceased to be
+        finite (the metrics are then missing).
     tuning : pandas.DataFrame
         The same for the trials of the tuning.
     histories : pandas.DataFrame
@@ -535,7 +574,8 @@ class Results:
         if rows.empty:
             raise ValueError(f"arm must be one of {self.arms}, received {arm!r}")
         if metric not in rows:
-            raise ValueError(f"metric must be one of {list(self.runs.columns)}, received {metric!r}")
+            known = list(self.runs.columns)
+            raise ValueError(f"metric must be one of {known}, received {metric!r}")
         return _with_worst(rows.sort_values("seed")[metric], metric)
 
     @property
@@ -561,8 +601,8 @@ class Results:
     def difference(self, a: str, b: str, metric: str | None = None, level: float = 0.95):
         """Return the paired difference a - b over seeds, with an interval.
 
-        The interval is Student's for the mean of the paired differences: it is honest for five seeds
-        too, where a bootstrap interval is too narrow.
+        The interval is Student's for the mean of the paired differences: it is honest for five
+        seeds too, where a bootstrap interval is too narrow.
 
         Returns
         -------
@@ -583,9 +623,9 @@ class Results:
         """Return per run the first epoch at which `metric` reaches `target` (infinity if never)."""
         reached = self.histories[metric]
         reached = reached >= target if _larger_is_better(metric) else reached <= target
-        first = self.histories[reached].groupby(["arm", "seed"]).epoch.min()
+        first = self.histories[reached].groupby(["arm", "seed"]).epoch.min().astype(float)
         index = pd.MultiIndex.from_frame(self.runs[["arm", "seed"]])
-        return first.reindex(index, fill_value=np.inf).astype(float).reset_index()
+        return first.reindex(index, fill_value=np.inf).reset_index()
 
     def report(self, metric: str | None = None) -> str:
         """Return a text table of `summary`, with the tuned hyperparameters, for printing."""
@@ -596,7 +636,7 @@ class Results:
         for arm, row in summary.iterrows():
             text = f"{number(row['median'], 3)} ({number(row.low, 3)} to {number(row.high, 3)})"
             tuned = ", ".join(f"{name} {number(value)}" for name, value in self.best[arm].items())
-            diverged = f", {row.diverged} diverged" if row.diverged else ""
+            diverged = f", {int(row.diverged)} diverged" if row.diverged else ""
             lines.append(f"{arm:{width}}  {text}{', ' + tuned if tuned else ''}{diverged}")
         return "\n".join(lines)
 

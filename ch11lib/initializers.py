@@ -676,30 +676,38 @@ def simulate(
     return pd.concat(tables, names=["seed"])
 
 
-def factor_per_layer(values: Sequence[float]) -> float:
+def factor_per_layer(values: Sequence[float] | np.ndarray) -> float | np.ndarray:
     """Return the constant factor that leads from the first value to the last, step by step.
 
     The geometric mean of the ratios of neighbours. For a quantity that travels downwards, such as
-    ``dz_rms``, pass it in the order of travel: ``factor_per_layer(table.dz_rms[::-1])``.
+    ``dz_rms``, pass it in the order of travel: ``factor_per_layer(table.dz_rms[::-1])``, or
+    ``factor_per_layer(table.dz_rms.unstack().iloc[:, ::-1])`` for the seeds of `simulate`.
 
     Parameters
     ----------
-    values : sequence of float
-        At least two positive numbers.
+    values : array of shape (..., layers)
+        Positive numbers, of at least two layers.
 
     Returns
     -------
-    float
+    float or numpy.ndarray
+        One factor for each leading index.
 
     Examples
     --------
     >>> factor_per_layer([8.0, 3.0, 2.0])
     0.5
+    >>> factor_per_layer([[8.0, 3.0, 2.0], [1.0, 7.0, 9.0]])
+    array([0.5, 3. ])
     """
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or values.size < 2 or not (values > 0).all():
-        raise ValueError(f"values must be two or more positive numbers; received {values.tolist()}")
-    return float((values[-1] / values[0]) ** (1 / (values.size - 1)))
+    if values.ndim < 1 or values.shape[-1] < 2 or not values.size or not (values > 0).all():
+        raise ValueError(
+            "values must be two or more positive numbers, along the last axis; "
+            f"received {values.tolist()}"
+        )
+    factors = (values[..., -1] / values[..., 0]) ** (1 / (values.shape[-1] - 1))
+    return float(factors) if values.ndim == 1 else factors
 
 
 def mean_correlation(h: np.ndarray) -> float:

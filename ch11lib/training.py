@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import functools
 import inspect
 import json
+import os
 import threading
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -43,11 +44,12 @@ __all__ = [
     "evaluate",
     "fingerprint",
     "fit",
+    "xla_pays",
 ]
 
-#: Number of training steps from which compiling with XLA repays its time on two CPU cores
-#: (`benchmarks/engine.py` measures it).
-XLA_BREAK_EVEN_STEPS = 20_000
+#: Number of training steps from which compiling with XLA repays its time on two CPU cores: it takes
+#: 1 to 4 s more than tracing and saves 0.2 to 2 ms a step (`benchmarks/engine.py` measures it).
+XLA_BREAK_EVEN_STEPS = 5_000
 
 
 class DivergenceError(ArithmeticError):
@@ -134,8 +136,7 @@ def fit(
     verbose : int
         0 is silent, anything else prints a line per epoch.
     jit_compile : bool or "auto"
-        Whether to compile the epoch with XLA. "auto" does so for networks without random or
-        normalization layers once the training is long enough to repay the compile time.
+        Whether to compile the epoch with XLA; "auto" asks `xla_pays`.
     **fit_options
         Any other argument of `model.fit`; its presence hands training to `model.fit`.
 
@@ -169,6 +170,8 @@ def fit(
     _check_arguments(model, epochs, batch_size, initial_epoch)
     _check_validation_freq(validation_freq)
     callbacks = _as_list(callbacks)
+    if model.optimizer is None and type(model).train_step is keras.Model.train_step:
+        raise ValueError("model must be compiled with an optimizer, received none")
     common = {
         "epochs": epochs,
         "callbacks": callbacks,
@@ -226,8 +229,8 @@ def fit(
         _build(model, data)
     steps = -(-data.n // batch_size)
     if jit_compile == "auto":
-        jit_compile = _xla_pays(model, steps * (epochs - initial_epoch))
-    programs = _Programs(model, bool(jit_compile))
+        jit_compile = xla_pays(model, steps * (epochs - initial_epoch))
+    programs = None
     callback_list = keras.callbacks.CallbackList(
         callbacks, add_history=True, model=model, epochs=epochs, steps=steps, verbose=verbose
     )
@@ -238,6 +241,8 @@ def fit(
     for epoch in range(initial_epoch, epochs):
         model.reset_metrics()
         callback_list.on_epoch_begin(epoch)
+        # As in Keras, what callbacks change before the first batch counts; later it is too late.
+        programs = programs or _Programs(model, bool(jit_compile))
         bad_step, logs = programs.train(data, order(epoch), batch_size)
         if bad_step is not None:
             if not _handles_divergence(callbacks):
@@ -300,6 +305,25 @@ def evaluate(
         _build(model, data)
     model.reset_metrics()
     return _Programs(model, jit_compile=False).evaluate(data, batch_size)
+
+
+def xla_pays(model: keras.Model, steps: int) -> bool:
+    """Say whether compiling with XLA is worth its time for so many training steps.
+
+    It is once the steps repay the compilation, unless the model draws random numbers as it trains
+    (dropout): XLA is slow at that on a CPU. The environment variable ``CH11_XLA=0`` turns it off
+    everywhere.
+
+    Examples
+    --------
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> xla_pays(model, steps=100), xla_pays(model, steps=1_000_000)
+    (False, True)
+    """
+    if os.environ.get("CH11_XLA") == "0":
+        return False
+    draws = any(v.name == "seed_generator_state" for v in model.variables)
+    return steps >= XLA_BREAK_EVEN_STEPS and not draws
 
 
 def describe(model: keras.Model) -> str:
@@ -752,9 +776,11 @@ def _readable_errors(model):
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
+        # The cause is the last line that speaks neither of files nor of nodes.
+        lines = [line.strip() for line in str(error.message).splitlines()]
+        said = [line for line in lines if line and not line.startswith(("File ", "[[", "Detected"))]
         raise ValueError(
-            f"model {model.name!r} cannot be trained on these data: "
-            f"{str(error.message).splitlines()[0]}"
+            f"model {model.name!r} cannot be trained on these data: {said[-1]}"
         ) from None
 
 
@@ -909,15 +935,6 @@ def _over_batches(step, order, batch_size, sizes):
             first_bad < 0, lambda: sized_step(rest, i, first_bad), lambda: first_bad
         )
     return first_bad
-
-
-def _xla_pays(model, steps):
-    """Whether compiling with XLA is worth its time.
-
-    Random numbers and normalization statistics are slower under XLA on a CPU.
-    """
-    plain = all(v.trainable for v in model.variables)
-    return plain and steps >= XLA_BREAK_EVEN_STEPS
 
 
 # --- which models can share a program -------------------------------------------------------------

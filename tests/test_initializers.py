@@ -368,7 +368,10 @@ def test_factor_per_layer():
     values = np.exp(np.random.default_rng(0).standard_normal(9))
     ratios = values[1:] / values[:-1]
     assert init.factor_per_layer(values) == pytest.approx(stats.gmean(ratios))
-    for bad in ([1.0], [1.0, 0.0], [1.0, np.nan], [[1.0, 2.0]]):
+    several = np.exp(np.random.default_rng(1).standard_normal((2, 3, 4)))
+    expected = stats.gmean(several[..., 1:] / several[..., :-1], axis=-1)
+    np.testing.assert_allclose(init.factor_per_layer(several), expected)
+    for bad in ([1.0], 1.0, [1.0, 0.0], [1.0, np.nan], [[1.0], [2.0]], np.ones((0, 3))):
         with pytest.raises(ValueError, match="values must be two or more positive"):
             init.factor_per_layer(bad)
 

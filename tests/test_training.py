@@ -5,6 +5,7 @@ Everything numerical is compared with Keras's own `model.fit`, which gets the sa
 hardware, where a compiler may order additions differently.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 import gc
 import json
@@ -39,11 +40,11 @@ Y_VALID = X_VALID[:, :3].argmax(1).astype("int32")
 WEIGHT = rng.uniform(0.2, 2, N).astype("float32")
 
 
-@pytest.fixture(autouse=True)
-def _no_programs():
+@pytest.fixture
+def programs():
+    """The shared programs, none at first."""
     training.clear_programs()
-    yield
-    training.clear_programs()
+    return training._shared_programs
 
 
 def seeded(make, seed=1):
@@ -52,8 +53,14 @@ def seeded(make, seed=1):
 
 
 def network(*hidden, optimizer="sgd", loss=None, metrics=("accuracy",), **options):
-    """A classifier of the data above; `hidden` are layers, by default one of eight units."""
-    model = keras.Sequential([keras.Input((6,)), *(hidden or [Dense(8, "tanh")]), Dense(3)])
+    """A classifier of the data above.
+
+    Without `hidden` layers there is one, and the same initial weights each time.
+    """
+    if not hidden:
+        keras.utils.set_random_seed(1)
+        hidden = [Dense(8, "tanh")]
+    model = keras.Sequential([keras.Input((6,)), *hidden, Dense(3)])
     loss = loss or losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer = optimizer() if callable(optimizer) else optimizer
     model.compile(optimizer, loss=loss, metrics=list(metrics), **options)
@@ -118,7 +125,9 @@ def assert_same_training(make, x=X, y=Y, *, engine="graph", epochs=3, reference=
         model.optimizer.build(model.trainable_variables)
     options.setdefault("batch_size", BATCH)
     history = fit(ours, x, y, epochs=epochs, seed=0, **options)
-    expected = model_fit(theirs, x, y, epochs=epochs, **(options if reference is None else reference))
+    expected = model_fit(
+        theirs, x, y, epochs=epochs, **(options if reference is None else reference)
+    )
     assert history.engine == engine
     assert_same_history(history, expected)
     assert_same_state(ours, theirs)
@@ -176,7 +185,9 @@ def excluding(**what):
 def test_same_numbers_when_biases_do_not_decay():
     assert_same_training(lambda: network(optimizer=lambda: excluding(var_names=["bias"])))
     # The exclusion is no part of the optimizer's configuration, so that it must not be shared.
-    assert_same_training(lambda: network(optimizer=lambda: optimizers.AdamW(0.01, weight_decay=0.3)))
+    assert_same_training(
+        lambda: network(optimizer=lambda: optimizers.AdamW(0.01, weight_decay=0.3))
+    )
 
 
 class OwnOptimizer(optimizers.SGD):
@@ -234,16 +245,21 @@ NETS = {
     "batch norm": lambda: network(Dense(8), layers.BatchNormalization(momentum=0.7)),
     "frozen batch norm": frozen,
     "dropout": lambda: network(Dense(16, "relu"), layers.Dropout(0.3), layers.GaussianNoise(0.1)),
-    "l2": lambda: network(Dense(8, kernel_regularizer="l2", bias_regularizer=keras.regularizers.L1())),
+    "l2": lambda: network(
+        Dense(8, kernel_regularizer="l2", bias_regularizer=keras.regularizers.L1())
+    ),
     "activity": lambda: network(Dense(8, "relu", activity_regularizer=keras.regularizers.L2(0.1))),
     "constraint": lambda: network(Dense(8, kernel_constraint=keras.constraints.MaxNorm(0.5))),
     "convolution": lambda: network(*conv(), optimizer="adam"),
     "recurrent": lambda: network(layers.Reshape((6, 1)), layers.LSTM(4)),
     "own layer": lambda: network(Dense(8, "relu"), Noisy()),
-    "lambda layer": lambda: network(layers.Lambda(lambda x: 2 * x), Dense(4, activation=lambda z: z * z)),
+    "lambda layer": lambda: network(
+        layers.Lambda(lambda x: 2 * x), Dense(4, activation=lambda z: z * z)
+    ),
     "bfloat16": lambda: network(Dense(8, "relu", dtype="mixed_bfloat16")),
     "pure bfloat16": lambda: network(
-        Dense(8, dtype="bfloat16"), optimizer=lambda: optimizers.SGD(0.1, momentum=0.9, clipnorm=0.5)
+        Dense(8, dtype="bfloat16"),
+        optimizer=lambda: optimizers.SGD(0.1, momentum=0.9, clipnorm=0.5),
     ),
     "float64": lambda: network(
         Dense(8, dtype="float64"), optimizer=lambda: optimizers.SGD(0.1, momentum=0.9)
@@ -291,14 +307,12 @@ def subclassed():
 
 def test_same_numbers_with_a_subclassed_model():
     assert_same_training(subclassed, validation_data=(X_VALID, Y_VALID))
-    assert not training._shared_programs
     unbuilt = subclassed()
     fit(unbuilt, X, Y, epochs=1)
     assert unbuilt.built
 
 
 def two_in_two_out(names=("a", "b"), **compile_options):
-    keras.utils.set_random_seed(3)
     a, b = (keras.Input((6,), name=name) for name in names)
     both = layers.concatenate([Dense(4, "relu")(a), 0.1 * Dense(4, "tanh")(b)])
     outputs = [Dense(3, name="label")(both), Dense(1, name="value")(both)]
@@ -322,13 +336,20 @@ def test_same_numbers_with_two_inputs_and_outputs():
 
 
 def test_same_numbers_with_dictionaries():
+    def make():
+        a, b = keras.Input((6,), name="a"), keras.Input((6,), name="b")
+        both = layers.concatenate([Dense(4, "relu")(a), Dense(4, "tanh")(b)])
+        model = keras.Model({"a": a, "b": b}, {"label": Dense(3)(both), "value": Dense(1)(both)})
+        label_loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(
+            "adam",
+            loss={"value": "mae", "label": label_loss},
+            loss_weights={"value": 2.0, "label": 1.0},
+            metrics={"label": "accuracy"},
+        )
+        return model
+
     x, y = dict(zip("ab", TWO_X, strict=True)), dict(zip(["label", "value"], TWO_Y, strict=True))
-    make = partial(
-        two_in_two_out,
-        loss={"value": "mae", "label": losses.SparseCategoricalCrossentropy(from_logits=True)},
-        loss_weights={"value": 2.0},
-        metrics={"label": "accuracy"},
-    )
     assert_same_training(make, x, y, validation_data=(x, y))
 
 
@@ -347,15 +368,13 @@ def test_losses_without_targets():
             return x
 
     def make():
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input((6,)), Dense(2), Endpoint()])
+        model = keras.Sequential([keras.Input((6,)), Dense(2), Dense(2), Endpoint()])
         model.compile("sgd")
         return model
 
-    ours, theirs = make(), make()
+    ours, theirs = seeded(make), seeded(make)
     history = fit(ours, X, epochs=2, batch_size=N, shuffle=False)
     assert_same_history(history, theirs.fit(X, epochs=2, batch_size=N, shuffle=False, verbose=0))
-    ours.compile("sgd")  # a second compile() without a loss
     ours.layers[0].trainable = False
     ours.compile("sgd")
     assert fit(ours, X, epochs=1).engine == "graph"
@@ -364,7 +383,7 @@ def test_losses_without_targets():
 def test_recompiling_with_the_same_optimizer_builds_the_new_loss():
     model = two_in_two_out()
     fit(model, TWO_X, TWO_Y, epochs=1)
-    model.compile(model.optimizer, loss=["mae", "mse"])
+    model.compile(model.optimizer, loss=["mae", "mse"], metrics=[])
     y = (X[:, :3], X[:, 3])
     history = fit(model, TWO_X, y, epochs=1).history
     assert list(history) == ["label_loss", "loss", "value_loss"]
@@ -413,7 +432,9 @@ OPTIONS = {
 def test_same_numbers_with_every_option(name):
     def make():
         weighted = [Confidence(), keras.metrics.SparseCategoricalAccuracy(name="weighted")]
-        return network(optimizer="adam", metrics=["accuracy", Confidence("c2", 2.0)], weighted_metrics=weighted)
+        return network(
+            optimizer="adam", metrics=["accuracy", Confidence("c2", 2.0)], weighted_metrics=weighted
+        )
 
     assert_same_training(make, epochs=4, **OPTIONS[name])
 
@@ -421,7 +442,13 @@ def test_same_numbers_with_every_option(name):
 def test_validation_split_is_the_end_and_not_weighted_by_class():
     for options in ({"class_weight": {0: 5.0}}, {"sample_weight": WEIGHT}):
         ours, theirs = (network(weighted_metrics=["accuracy"], metrics=()) for _ in range(2))
-        common = {"epochs": 2, "batch_size": N, "shuffle": False, "validation_split": 0.31, **options}
+        common = {
+            "epochs": 2,
+            "batch_size": N,
+            "shuffle": False,
+            "validation_split": 0.31,
+            **options,
+        }
         history = fit(ours, X, Y, **common)
         assert_same_history(history, theirs.fit(X, Y, verbose=0, **common))
 
@@ -526,17 +553,19 @@ def test_the_seed_fixes_the_order():
 
 def test_without_a_seed_the_order_follows_the_global_seed():
     def losses_of(seed):
-        return seeded(lambda: fit(network(), X, Y, epochs=2), seed).history["loss"]
+        model = network()
+        return seeded(lambda: fit(model, X, Y, epochs=2), seed).history["loss"]
 
     assert losses_of(1) == losses_of(1) != losses_of(2)
 
 
-def test_dropout_follows_its_seed():
+def test_dropout_follows_its_seed(programs):
     def losses_of(seed):
-        return fit(network(layers.Dropout(0.5, seed=seed)), X, Y, epochs=2, seed=0).history["loss"]
+        model = seeded(lambda: network(layers.Dropout(0.5, seed=seed)))
+        return fit(model, X, Y, epochs=2, seed=0).history["loss"]
 
     assert losses_of(1) == losses_of(1) != losses_of(2)
-    assert len(training._shared_programs) == 1
+    assert len(programs) == 1
 
 
 def test_training_goes_on_where_it_stopped():
@@ -653,6 +682,7 @@ CALLBACKS = {
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_callbacks_work_unchanged(name):
     ours, theirs = (network(optimizer=lambda: optimizers.SGD(1.5, momentum=0.9)) for _ in range(2))
+    theirs.optimizer.build(theirs.trainable_variables)
     our_callbacks, their_callbacks = CALLBACKS[name](), CALLBACKS[name]()
     options = {"epochs": 8, "validation_data": (X_VALID, Y_VALID), "validation_freq": 1}
     history = fit(ours, X, Y, seed=0, batch_size=BATCH, callbacks=our_callbacks, **options)
@@ -702,7 +732,9 @@ def test_files_written_by_callbacks(tmp_path):
     (tmp_path / "theirs").mkdir()
     ours, theirs = network(), network()
     options = {"epochs": 3, "validation_data": (X_VALID, Y_VALID)}
-    history = fit(ours, X, Y, seed=0, batch_size=BATCH, callbacks=callbacks(tmp_path / "ours"), **options)
+    history = fit(
+        ours, X, Y, seed=0, batch_size=BATCH, callbacks=callbacks(tmp_path / "ours"), **options
+    )
     model_fit(theirs, callbacks=callbacks(tmp_path / "theirs"), **options)
     assert history.engine == "graph"
     logs = [pd.read_csv(tmp_path / who / "log.csv") for who in ("ours", "theirs")]
@@ -834,10 +866,696 @@ def several_optimizers():
 
 
 def test_reasons_for_model_fit():
-    assert fit(network(run_eagerly=True), X, Y, epochs=1).engine == "model.fit: the model runs eagerly"
+    assert (
+        fit(network(run_eagerly=True), X, Y, epochs=1).engine == "model.fit: the model runs eagerly"
+    )
     model = keras.Sequential(
         [keras.Input(batch_shape=(10, 6, 1)), layers.GRU(3, stateful=True), Dense(3)]
     )
     model.compile("sgd", losses.SparseCategoricalCrossentropy(from_logits=True))
     history = fit(model, X[:, :, None], Y, epochs=1, batch_size=10)
     assert history.engine == "model.fit: a layer keeps its state from batch to batch"
+
+
+# ------------------------------------------------------------------------------- shared programs
+
+
+def assert_same_training_for_each(*makes, **options):
+    for make in makes:
+        assert_same_training(make, **options)
+
+
+def test_models_that_differ_in_numbers_only_share_one_program_and_keep_their_own(programs):
+    def model(rate, momentum, clipnorm, seed, init, name):
+        optimizer = optimizers.SGD(rate, momentum=momentum, clipnorm=clipnorm, name=f"sgd_{name}")
+        keras.utils.set_random_seed(seed)
+        hidden = Dense(8, "tanh", kernel_initializer=init, name=f"hidden_{name}")
+        return network(hidden, layers.Dropout(0.2, seed=seed), optimizer=optimizer)
+
+    assert_same_training_for_each(
+        lambda: model(0.1, 0.9, 0.5, 1, "he_normal", "a"),
+        lambda: model(0.03, 0.5, 0.1, 2, "lecun_uniform", "b"),
+        lambda: model(0.3, 0.99, 2.0, 3, keras.initializers.Constant(0.1), "a"),
+    )
+    assert len(programs) == 1
+
+
+def test_decay_and_values_of_clipping_are_arguments_too(programs):
+    assert_same_training_for_each(
+        lambda: network(optimizer=optimizers.AdamW(0.01, weight_decay=0.1, clipvalue=0.1)),
+        lambda: network(optimizer=optimizers.AdamW(0.03, weight_decay=0.5, clipvalue=0.01)),
+    )
+    assert len(programs) == 1
+
+
+def test_one_program_serves_all_batch_sizes_and_lengths(programs):
+    for n, size in ((50, 8), (32, 8), (50, 64), (31, 1)):
+        assert_same_training(network, X[:n], Y[:n], batch_size=size, epochs=1)
+    assert len(programs) == 1
+    fit(network(), X, Y, epochs=1, validation_data=(X_VALID, Y_VALID))
+    evaluate(network(), X, Y)
+    assert len(programs) == 2
+
+
+def functional(wiring, names="abc"):
+    """Three equal layers, wired as told: `wiring` gives the input of the second and of the third."""
+    x = keras.Input((6,), name="x")
+    outputs = [x]
+    for name, source in zip(names, (0, *wiring), strict=True):
+        outputs.append(Dense(6, "relu", name=name)(outputs[source]))
+    out = Dense(3, name="out")(layers.add([outputs[2], outputs[3]]))
+    model = keras.Model(x, out)
+    model.compile("sgd", losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def own_activation(slope):
+    def leaky(z):
+        return keras.ops.where(z > 0, z, slope * z)
+
+    return leaky
+
+
+def relu(z):
+    """Not Keras's: Keras serializes it by its name, as if it were."""
+    return keras.ops.abs(z)
+
+
+def own_loss(power):
+    def squares(y_true, y_pred):
+        return keras.ops.mean(keras.ops.abs(y_pred) ** power, axis=-1)
+
+    return squares
+
+
+def own_layer(slope):
+    class Slope(layers.Layer):
+        def call(self, x):
+            return slope * x
+
+    return Slope
+
+
+def adapted(shift):
+    layer = layers.Normalization()
+    layer.adapt(X + shift)
+    return layer
+
+
+def with_frozen(index):
+    model = network(Dense(4), Dense(4))
+    model.layers[index].trainable = False
+    return model
+
+
+def with_regularizer_set_too_late(when):
+    model = network(Dense(4, kernel_regularizer="l2" if when == "before" else None))
+    model.layers[0].kernel_regularizer = keras.regularizers.L2(0.01)
+    return model
+
+
+class OwnRegularizer(keras.regularizers.Regularizer):
+    def __init__(self, strength):
+        self.strength = strength
+
+    def __call__(self, x):
+        return self.strength * keras.ops.sum(x**2)
+
+    def get_config(self):
+        return {}
+
+
+def accuracy(name):
+    return [keras.metrics.SparseCategoricalAccuracy(name=name)]
+
+
+def momentum_of_both(batch_norm):
+    return network(
+        layers.BatchNormalization(momentum=batch_norm), optimizer=optimizers.SGD(0.1, momentum=0.9)
+    )
+
+
+DIFFERENT = {
+    "activation": (lambda: network(Dense(4, "relu")), lambda: network(Dense(4, "tanh"))),
+    "layer named like an activation": (
+        lambda: network(Dense(4, "relu", name="tanh")),
+        lambda: network(Dense(4, "tanh", name="relu")),
+    ),
+    "function named like an activation": (
+        lambda: network(Dense(4, "relu")),
+        lambda: network(Dense(4, relu)),
+    ),
+    "equal name": (
+        lambda: network(Dense(4, own_activation(0.1))),
+        lambda: network(Dense(4, own_activation(0.5))),
+    ),
+    "lambdas": (lambda: network(Dense(4, lambda z: z)), lambda: network(Dense(4, lambda z: -z))),
+    "lambda layers": (
+        lambda: network(layers.Lambda(lambda z: z)),
+        lambda: network(layers.Lambda(lambda z: -z)),
+    ),
+    "custom layers": (lambda: network(own_layer(1)()), lambda: network(own_layer(3)())),
+    "custom layers in another order": (
+        lambda: network(own_layer(1)(), own_layer(3)()),
+        lambda: network(own_layer(3)(), own_layer(1)()),
+    ),
+    "rate of dropout": (lambda: network(layers.Dropout(0.1)), lambda: network(layers.Dropout(0.2))),
+    "regularizer": (
+        lambda: network(Dense(4, kernel_regularizer=keras.regularizers.L2(0.1))),
+        lambda: network(Dense(4, kernel_regularizer=keras.regularizers.L2(0.2))),
+    ),
+    "custom regularizer": (
+        lambda: network(Dense(4, kernel_regularizer=OwnRegularizer(0.1))),
+        lambda: network(Dense(4, kernel_regularizer=OwnRegularizer(1.0))),
+    ),
+    "regularizer without effect": (
+        lambda: with_regularizer_set_too_late("before"),
+        lambda: with_regularizer_set_too_late("after"),
+    ),
+    "constraint": (
+        lambda: network(Dense(4, kernel_constraint=keras.constraints.MaxNorm(0.1))),
+        lambda: network(Dense(4, kernel_constraint=keras.constraints.MaxNorm(1.0))),
+    ),
+    "frozen layer": (lambda: with_frozen(0), lambda: with_frozen(1)),
+    "adapted layer": (lambda: network(adapted(0)), lambda: network(adapted(5))),
+    "momentum of batch norm": (lambda: momentum_of_both(0.9), lambda: momentum_of_both(0.1)),
+    "epsilon": (
+        lambda: network(layers.BatchNormalization(epsilon=0.1)),
+        lambda: network(layers.BatchNormalization(epsilon=1.0)),
+    ),
+    "loss": (lambda: network(), lambda: network(loss="poisson")),
+    "loss argument": (
+        lambda: network(loss=losses.SparseCategoricalCrossentropy(from_logits=True)),
+        lambda: network(loss=losses.SparseCategoricalCrossentropy()),
+    ),
+    "custom loss": (lambda: network(loss=own_loss(1)), lambda: network(loss=own_loss(2))),
+    "loss weights": (lambda: network(loss_weights=[1.0]), lambda: network(loss_weights=[2.0])),
+    "metrics": (lambda: network(metrics=["accuracy"]), lambda: network(metrics=["mae"])),
+    "name of a metric": (
+        lambda: network(metrics=accuracy("a")),
+        lambda: network(metrics=accuracy("b")),
+    ),
+    "custom metric": (
+        lambda: network(metrics=[Confidence(power=1.0)]),
+        lambda: network(metrics=[Confidence(power=2.0)]),
+    ),
+    "dtype policy": (
+        lambda: network(Dense(4)),
+        lambda: network(Dense(4, dtype="mixed_bfloat16")),
+    ),
+    "optimizer": (
+        lambda: network(optimizer=optimizers.Adam(0.1)),
+        lambda: network(optimizer=optimizers.Nadam(0.1)),
+    ),
+    "custom optimizer": (
+        lambda: network(optimizer=optimizers.SGD(0.1, momentum=0.5)),
+        lambda: network(optimizer=OwnOptimizer(0.1, momentum=0.5)),
+    ),
+    "nesterov": (
+        lambda: network(optimizer=optimizers.SGD(0.1, momentum=0.5)),
+        lambda: network(optimizer=optimizers.SGD(0.1, momentum=0.5, nesterov=True)),
+    ),
+    "no momentum": (
+        lambda: network(optimizer=optimizers.SGD(0.1, momentum=0.5)),
+        lambda: network(optimizer=optimizers.SGD(0.1)),
+    ),
+    "clipping": (
+        lambda: network(optimizer=optimizers.SGD(0.1, clipnorm=0.1)),
+        lambda: network(optimizer=optimizers.SGD(0.1, clipvalue=0.1)),
+    ),
+    "beta": (
+        lambda: network(optimizer=optimizers.Adam(0.1, beta_1=0.9)),
+        lambda: network(optimizer=optimizers.Adam(0.1, beta_1=0.5)),
+    ),
+    "schedule": (
+        lambda: network(optimizer=optimizers.SGD(SCHEDULE())),
+        lambda: network(optimizer=optimizers.SGD(0.1)),
+    ),
+    "rate of a schedule": (
+        lambda: network(optimizer=optimizers.SGD(SCHEDULE())),
+        lambda: network(optimizer=optimizers.SGD(SCHEDULE(decay_rate=0.1))),
+    ),
+    "excluded from decay": (
+        lambda: network(optimizer=optimizers.AdamW(0.01, weight_decay=0.3)),
+        lambda: network(optimizer=excluding(var_names=["bias"])),
+    ),
+    "skip connections": (lambda: functional((1, 1)), lambda: functional((1, 2))),
+    "skips in another order": (lambda: functional((0, 1)), lambda: functional((1, 0))),
+    "names of outputs": (
+        lambda: two_in_two_out(),
+        lambda: network(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_models_that_differ_never_share(name):
+    a, b = (seeded(make) for make in DIFFERENT[name])
+    signatures = [training._signature(model) for model in (a, b)]
+    assert signatures[0] != signatures[1] or not signatures[0].shareable
+    # Their equal is found equal, unless it comes with code that was made anew.
+    again = training._signature(seeded(DIFFERENT[name][0]))
+    assert again == signatures[0] or again.code or not again.shareable
+
+
+#: The differences that are easiest to miss, trained.
+TREACHEROUS = [
+    "function named like an activation",
+    "custom layers in another order",
+    "adapted layer",
+    "momentum of batch norm",
+    "name of a metric",
+    "regularizer without effect",
+    "skip connections",
+]
+
+
+@pytest.mark.parametrize("name", TREACHEROUS)
+def test_models_that_differ_keep_their_own_numbers(name):
+    assert_same_training_for_each(*DIFFERENT[name], epochs=2)
+
+
+def test_names_do_not_matter_in_a_functional_model():
+    described = {describe(functional((1, 2), names)) for names in ("abc", "bca", "uvw")}
+    assert len(described) == 1
+
+
+def test_redefined_code_is_not_taken_for_the_old(programs):
+    @keras.saving.register_keras_serializable("test", "redefined")
+    def redefined(z):
+        return 2 * z
+
+    first = seeded(lambda: network(Dense(4, redefined)))
+
+    @keras.saving.register_keras_serializable("test", "redefined")
+    def redefined(z):
+        return keras.ops.square(z)
+
+    # The first model is trained after its function's name has come to mean another.
+    second = seeded(lambda: network(Dense(4, redefined)))
+    found = [fit(model, X, Y, epochs=1, seed=0).history["loss"] for model in (first, second)]
+    twice = seeded(lambda: network(Dense(4), layers.Rescaling(2.0)))
+    square = seeded(lambda: network(Dense(4), layers.Lambda(keras.ops.square)))
+    expected = [fit(model, X, Y, epochs=1, seed=0).history["loss"] for model in (twice, square)]
+    np.testing.assert_allclose(found, expected, RTOL)
+
+
+def test_code_of_a_notebook_is_never_shared(programs):
+    """A function that reads a global variable is the same function when the variable changes."""
+    cell = {"__name__": "__main__", "keras": keras, "SLOPE": 0.1}
+    exec("def leaky(z): return keras.ops.where(z > 0, z, SLOPE * z)", cell)
+    found = []
+    for cell["SLOPE"] in (0.1, 0.9):
+        model = seeded(lambda: network(Dense(4, cell["leaky"])))
+        found.append(fit(model, X, Y, epochs=1, seed=0).history["loss"])
+        expected = seeded(lambda: network(Dense(4), layers.LeakyReLU(cell["SLOPE"])))
+        expected = fit(expected, X, Y, epochs=1, seed=0).history["loss"]
+        np.testing.assert_allclose(found[-1], expected, RTOL)
+    assert found[0] != found[1]
+
+
+def test_custom_layers_of_a_module_share(programs):
+    for seed in (1, 2):
+        seeded(lambda: fit(network(Noisy()), X, Y, epochs=1), seed)
+    assert len(programs) == 1
+
+
+def test_describe():
+    plain = json.loads(describe(network()))
+    assert isinstance(plain, list)
+    assert describe(network()) == describe(network(optimizer=optimizers.SGD(0.9)))
+    assert describe(network(Dense(4, relu))) != describe(network(Dense(4, "relu")))
+    assert describe(network(Dense(4, lambda z: z))) != describe(network(Dense(4, lambda z: -z)))
+    assert describe(subclassed())
+
+
+def test_fingerprint_changes_with_the_code():
+    def helper(x):
+        return x + 1
+
+    def a(x, *, y=1):
+        return helper(x) * y
+
+    def b(x, *, y=2):
+        return helper(x) * y
+
+    class Layer(layers.Layer):
+        rate = 0.5
+
+        @property
+        def double(self):
+            return 2 * self.rate
+
+    class Other(layers.Layer):
+        rate = 0.5
+
+        @property
+        def double(self):
+            return 3 * self.rate
+
+    prints = [fingerprint(part) for part in (a, b, Layer, Other, partial(a, 1), partial(a, 2))]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint(a) == prints[0]
+    helper = own_activation(1)
+    assert fingerprint(a) != prints[0]
+
+
+# ------------------------------------------------------------------------------- changes after compile
+
+
+def test_freezing_after_compile_is_an_error_once_trained():
+    model = network(Dense(4), Dense(4))
+    model.layers[0].trainable = False  # after compile(), but before Keras has compiled anything
+    before = model.layers[0].kernel.numpy()
+    fit(model, X, Y, epochs=1)
+    np.testing.assert_array_equal(model.layers[0].kernel.numpy(), before)
+    model.layers[0].trainable = True
+    with pytest.raises(ValueError, match=r"changed after compile\(\).*call it"):
+        fit(model, X, Y, epochs=1)
+    model.compile("sgd", model.loss)
+    fit(model, X, Y, epochs=1)
+    assert np.abs(model.layers[0].kernel.numpy() - before).max() > 0
+
+
+@pytest.mark.parametrize("make", [network, subclassed])
+def test_compiling_again_starts_with_a_new_optimizer(make):
+    ours, theirs = seeded(make), seeded(make)
+    for rate in (0.1, 0.01):
+        for model in (ours, theirs):
+            loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile(optimizers.Adam(rate), loss=loss, metrics=["accuracy"])
+            model(X[:2])
+            model.optimizer.build(model.trainable_variables)
+        history = fit(ours, X, Y, epochs=2, seed=0, batch_size=BATCH)
+        assert_same_history(history, model_fit(theirs, epochs=2))
+        assert_same_state(ours, theirs)
+
+
+def test_changing_the_rate_or_momentum_between_trainings(programs):
+    model = network(optimizer=optimizers.SGD(0.1, momentum=0.9))
+    fit(model, X, Y, epochs=1)
+    model.optimizer.learning_rate = 0.01
+    model.optimizer.momentum = 0.5
+    fit(model, X, Y, epochs=1)
+    assert model.optimizer.momentum == 0.5
+    assert len(programs) == 1
+
+
+# ------------------------------------------------------------------------------- stops
+
+
+class Interrupts(keras.callbacks.Callback):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.completed = how, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            self.how()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.completed.append(epoch)
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+def signal_now():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def signal_soon():
+    threading.Timer(0.05, signal_now).start()
+
+
+@pytest.mark.parametrize("how", [raise_interrupt, signal_now, signal_soon])
+def test_an_interruption_keeps_the_history(how):
+    model, callback = network(), Interrupts(how)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, X, Y, epochs=100_000, seed=0, callbacks=[callback])
+    history = model.history
+    assert history.epoch == callback.completed
+    assert len(history.history["loss"]) == len(callback.completed) >= 2
+    assert how is signal_soon or len(callback.completed) == 2
+    fit(model, X, Y, epochs=1)  # the model is in order
+
+
+def linear(rate):
+    model = keras.Sequential([keras.Input((6,)), Dense(1, kernel_initializer="ones")])
+    model.compile(optimizers.SGD(rate), "mse", metrics=["mae"])
+    return model
+
+
+def first_bad_step(model, y):
+    """Where the running mean of the loss ceases to be finite, batch by batch."""
+    for epoch in range(100):
+        order = batch_order(N, 0, epoch)
+        model.reset_metrics()
+        for step, i in enumerate(range(0, N, BATCH)):
+            rows = order[i : i + BATCH]
+            if not np.isfinite(model.train_on_batch(X[rows], y[rows])[0]):
+                return epoch, step
+    return None
+
+
+@pytest.mark.parametrize("rate", [2.0, 100.0, 1e30])
+@pytest.mark.parametrize("xla", [False, True])
+def test_divergence_says_where(rate, xla):
+    y = X[:, :1]
+    epoch, step = first_bad_step(linear(rate), y)
+    model = linear(rate)
+    with pytest.raises(DivergenceError, match="learning rate below the present") as caught:
+        fit(model, X, y, epochs=100, seed=0, batch_size=BATCH, jit_compile=xla)
+    error = caught.value
+    assert (error.epoch, error.step) == (epoch, step)
+    assert f"epoch {epoch + 1}, step {step + 1} of 7" in str(error)
+    assert error.history is model.history
+    assert error.history.epoch == list(range(epoch))
+    # The step that went wrong was the last, as with TerminateOnNaN.
+    assert model.optimizer.iterations.numpy() == 7 * epoch + step + 1
+
+
+@pytest.mark.parametrize("name", ["x", "y", "sample_weight"])
+def test_divergence_names_bad_input(name):
+    data = {"x": X.copy(), "y": X[:, 0].copy(), "sample_weight": WEIGHT.copy()}
+    data[name][17] = np.nan if name == "x" else np.inf
+    with pytest.raises(DivergenceError, match="contains values that are not finite"):
+        fit(linear(0.01), **data, epochs=1)
+
+
+def test_divergence_in_model_fit_too():
+    y = X[:, :1]
+    epoch, step = first_bad_step(linear(2.0), y)
+    with pytest.raises(DivergenceError, match=f"epoch {epoch + 1}, step {step + 1} of 7") as caught:
+        fit(linear(2.0), X, y, epochs=100, seed=0, batch_size=BATCH, callbacks=[CountsBatches()])
+    assert (caught.value.epoch, caught.value.step) == (epoch, step)
+    assert caught.value.history.engine == "model.fit: CountsBatches acts on batches"
+    with pytest.raises(DivergenceError, match="step 1"):
+        fit(linear(2.0), ((X, y * np.nan) for _ in range(3)), epochs=1)
+
+
+def test_terminate_on_nan_deals_with_divergence(capsys):
+    y = X[:, :1]
+    ours, theirs = linear(2.0), linear(2.0)
+    options = {"epochs": 100, "validation_data": (X_VALID, X_VALID[:, :1])}
+    stop = keras.callbacks.TerminateOnNaN
+    history = fit(ours, X, y, seed=0, batch_size=BATCH, callbacks=[stop()], **options)
+    assert "Invalid loss, terminating training" in capsys.readouterr().out
+    assert_same_history(history, model_fit(theirs, X, y, callbacks=[stop()], **options))
+    assert_same_state(ours, theirs)
+    with pytest.raises(RuntimeError, match="NaN or Inf loss"):
+        fit(linear(2.0), X, y, epochs=100, callbacks=[stop(raise_error=True)])
+
+
+def test_an_infinite_validation_loss_is_a_result():
+    history = fit(linear(0.01), X, X[:, 0], epochs=2, validation_data=(X, X[:, 0] * np.inf))
+    assert history.history["val_loss"] == [np.inf, np.inf]
+
+
+# ------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"epochs": -1}, ValueError, "epochs must be at least 0, received -1"),
+        ({"epochs": 1.5}, TypeError, "epochs must be an integer, received 1.5"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, received 0"),
+        ({"batch_size": True}, TypeError, "batch_size must be an integer, received True"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an integer, received 2.5"),
+        ({"initial_epoch": -1}, ValueError, "initial_epoch must be at least 0"),
+        ({"validation_freq": 0}, ValueError, "validation_freq must be at least 1, received 0"),
+        ({"validation_freq": "all"}, TypeError, "validation_freq must be an integer or a list"),
+        ({"y": Y[:-1]}, ValueError, "one length, received x: 50, y: 49"),
+        ({"sample_weight": WEIGHT[:7]}, ValueError, "received x: 50, y: 50, sample_weight: 7"),
+        ({"x": X[:0], "y": Y[:0]}, ValueError, "x must hold at least one sample, received none"),
+        ({"x": None}, ValueError, "x must hold training data, received None"),
+        ({"x": X.astype(str)}, TypeError, "x must be numeric, received an array of dtype <U"),
+        (
+            {"y": Y.astype(object)},
+            TypeError,
+            "y must be numeric, received an array of dtype object",
+        ),
+        ({"x": pd.DataFrame({"a": ["b"] * N})}, TypeError, "x must be numeric"),
+        ({"x": X.tolist()}, ValueError, "x must have a sample dimension, received a scalar"),
+        ({"x": 3.0}, ValueError, "x must have a sample dimension, received a scalar"),
+        (
+            {"class_weight": {0: 1.0}, "sample_weight": WEIGHT},
+            ValueError,
+            "class_weight and sample",
+        ),
+        ({"class_weight": {0: 1.0}, "y": None}, ValueError, "class_weight needs a model with one"),
+        ({"validation_data": X}, TypeError, r"validation_data must be a tuple \(x, y\).*ndarray"),
+        ({"validation_data": (X,)}, TypeError, r"validation_data must be a tuple \(x, y\)"),
+        (
+            {"validation_data": (X, Y[:9])},
+            ValueError,
+            "one length in validation_data, received x: 50",
+        ),
+        ({"validation_split": 1.0}, ValueError, "validation_split must lie between 0 and 1"),
+        ({"validation_split": 0.99}, ValueError, "validation_split=0.99 leaves no training data"),
+        ({"model": None}, TypeError, "model must be a keras.Model, received NoneType"),
+        ({"model": keras.Sequential([Dense(3)])}, ValueError, "model must be compiled"),
+        ({"y": Y + 5}, ValueError, "cannot be trained on these data: .*label value of"),
+        ({"x": X[:, :4]}, ValueError, "expected"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(change, error, message):
+    arguments = {"model": network(), "x": X, "y": Y, "epochs": 1} | change
+    if change == {"validation_split": 0.99}:
+        arguments |= {"x": X[:9], "y": Y[:9]}
+    with pytest.raises(error, match=message):
+        fit(**arguments)
+
+
+def test_a_label_out_of_range_is_found_during_training_too():
+    y = Y.copy()
+    y[-1] = 7  # not among the samples that the model is built with
+    with pytest.raises(ValueError, match="label value of 7") as caught:
+        fit(network(), X, y, epochs=1)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_model_without_an_optimizer():
+    model = network()
+    model.compile(optimizer=None, loss="mse")
+    with pytest.raises(ValueError, match="optimizer"):
+        fit(model, X, X[:, :3], epochs=1)
+    assert evaluate(model, X, X[:, :3])["loss"] > 0
+
+
+# ------------------------------------------------------------------------------- cost
+
+
+@pytest.mark.parametrize("make", [network, subclassed], ids=["shared", "own"])
+def test_models_are_released(make):
+    model = make()
+    fit(model, X, Y, epochs=1, validation_data=(X_VALID, Y_VALID), callbacks=[Recorder()])
+    alive = [weakref.ref(model), weakref.ref(model.layers[0]), weakref.ref(model.optimizer)]
+    del model
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 3
+    assert not training._own_programs
+
+
+def test_memory_does_not_grow_with_the_number_of_models():
+    def run(n):
+        for seed in range(n):
+            model = network(Dense(300, "relu"), Dense(300, "relu"))  # 0.4 MB, with gradients more
+            fit(model, X, Y, epochs=1, seed=seed)
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    before = run(5)
+    assert run(30) - before < 10e6
+
+
+def test_the_number_of_kept_programs_is_bounded(programs, monkeypatch):
+    monkeypatch.setattr(training, "MAX_PROGRAMS", 3)
+    for units in range(1, 6):
+        fit(network(Dense(units)), X, Y, epochs=1)
+    assert len(programs) == 3
+    fit(network(Dense(5)), X, Y, epochs=1)
+    assert len(programs) == 3
+    training.clear_programs()
+    assert not programs
+
+
+def test_threads_give_the_numbers_of_one_after_the_other(programs):
+    def models():
+        training.clear_programs()
+        makes = [NETS["dropout"], NETS["batch norm"], NETS["dropout"], subclassed]
+        return [seeded(make, seed) for seed, make in enumerate(makes)]
+
+    def train(job):
+        seed, model = job
+        history = fit(model, X, Y, epochs=20, seed=seed, validation_data=(X_VALID, Y_VALID))
+        return history.history, model.get_weights()
+
+    alone = [train(job) for job in enumerate(models())]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(train, enumerate(models())))
+    np.testing.assert_equal(together, alone)
+    assert len(programs) == 4
+
+
+XLA_NETS = ["deep", "batch norm", "activity"]
+
+
+@pytest.mark.parametrize("name", XLA_NETS)
+def test_xla_gives_the_same_numbers(name):
+    options = {"validation_data": (X_VALID, Y_VALID)}
+    assert_same_training(NETS[name], jit_compile=True, reference=options, **options)
+
+
+def test_xla_with_two_outputs_and_one_batch():
+    assert_same_training(two_in_two_out, TWO_X, TWO_Y, jit_compile=True, reference={})
+    options = {"batch_size": 64}
+    assert_same_training(network, jit_compile=True, reference=options, **options)
+
+
+def test_xla_is_used_where_it_pays(monkeypatch):
+    asked = []
+
+    class Asked(training._Programs):
+        def __init__(self, model, jit_compile):
+            asked.append(jit_compile)
+            super().__init__(model, jit_compile=False)
+
+    monkeypatch.setattr(training, "_Programs", Asked)
+    monkeypatch.setattr(training, "XLA_BREAK_EVEN_STEPS", 2 * 7)
+    for epochs, hidden in ((1, Dense(4)), (2, Dense(4)), (2, layers.Dropout(0.1))):
+        fit(network(hidden), X, Y, epochs=epochs, batch_size=BATCH)
+    fit(network(), X, Y, epochs=1, jit_compile=True)
+    assert asked == [False, True, False, True]
+
+
+def test_output(capsys):
+    fit(network(), X, Y, epochs=2)
+    assert capsys.readouterr().out == ""
+    fit(network(), X, Y, epochs=2, validation_data=(X_VALID, Y_VALID), verbose=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" - ")[0] for line in lines] == ["Epoch 1/2", "Epoch 2/2"]
+    assert all("val_accuracy: 0." in line for line in lines)
+
+
+def test_it_is_faster_than_model_fit():
+    """A guard against losing the point of it all; `benchmarks/engine.py` measures."""
+    x, y = np.tile(X, (20, 1)), np.tile(Y, 20)
+    ours, theirs = network(), network()
+    fit(ours, x, y, epochs=1, batch_size=4)
+    theirs.fit(x, y, epochs=1, batch_size=4, verbose=0)
+
+    def seconds(train):
+        start = time.perf_counter()
+        train()
+        return time.perf_counter() - start
+
+    ratios = [
+        seconds(lambda: theirs.fit(x, y, epochs=2, batch_size=4, verbose=0))
+        / seconds(lambda: fit(ours, x, y, epochs=2, batch_size=4))
+        for _ in range(3)
+    ]
+    assert np.median(ratios) > 2
