@@ -673,7 +673,8 @@ def _html(execution: Execution, navigation: str) -> str:
                 # Its text is a Python repr; a page without a kernel has nothing to move.
                 note = "<p><em>Here stand controls to move; run the notebook to use them.</em></p>"
                 output["data"] = nbformat.from_dict({"text/html": note})
-    exporter = Exporter(raw_template=_PAGE, embed_images=True)
+    # Not embed_images: it would close every HTML tag of the text, and so unfold the answers.
+    exporter = Exporter(raw_template=_PAGE, embed_images=False)
     resources = {
         "metadata": {"path": str(execution.path.parent), "name": execution.path.stem},
         "navigation": navigation,

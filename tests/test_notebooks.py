@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 import sys
+from types import SimpleNamespace
 
 from bs4 import BeautifulSoup
 from ch11lib import claims, notebooks
@@ -502,3 +503,11 @@ def test_measure_refuses(tmp_path):
         notebooks.measure([path], [], tmp_path)
     with pytest.raises(ValueError, match=r"jobs be positive, got \[0\] and 0"):
         notebooks.measure([path], [0], tmp_path, jobs=0)
+
+
+def test_folded_text_stays_folded_in_a_page(tmp_path):
+    folded = "<details><summary>Answer</summary>\n\nThe *answer* itself.\n</details>"
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(folded)])
+    page = notebooks._html(SimpleNamespace(notebook=made, path=tmp_path / "01_a.ipynb"), "")
+    inside = page.partition("<details>")[2].partition("</details>")[0]
+    assert "The <em>answer</em> itself." in inside
