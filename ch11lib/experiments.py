@@ -195,7 +195,8 @@ def compare(
         A column of the history; largest is best for names that contain "acc" or "auc", smallest
         for all others.
     measure : callable, optional
-        Called with each trained model; the numbers that it returns become columns of the runs.
+        Called with each trained model; the numbers that it returns, a mapping, become columns of
+        the runs. A model whose training diverged is not measured.
     callbacks : callable, optional
         Makes the callbacks of one run.
     resume : path, optional
@@ -203,7 +204,7 @@ def compare(
         that data, initial weights, configuration and protocol are the same.
     n_jobs : int, optional
         Runs at a time: threads by default, one per core (one in all on a GPU). Inside
-        `joblib.parallel_config` its back end is used.
+        `joblib.parallel_config` its back end and its `n_jobs` are used.
 
     Returns
     -------
@@ -225,16 +226,20 @@ def compare(
     >>> results.runs[["arm", "seed"]].values.tolist()
     [['8 units', 0], ['8 units', 1], ['8 units', 2]]
     """
+    _check_callables(measure=measure, callbacks=callbacks)
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, received {epochs}")
     grids = _grids(arms, tune)
     seeds = _distinct(seeds, "seeds")
     if tuning_seeds is None:
-        tuning_seeds = [seed + 500 for seed in seeds[:2]]
+        others = (seed for seed in itertools.count(seeds[0] + 500) if seed not in seeds)
+        tuning_seeds = itertools.islice(others, 2)
     tuning_seeds = _distinct(tuning_seeds, "tuning_seeds")
-    if tune is not None and set(seeds) & set(tuning_seeds):
+    if tune and set(seeds) & set(tuning_seeds):
         raise ValueError("tuning_seeds must not share a seed with seeds")
+    splits = _splits(data)
     trials_per_arm = len(next(iter(grids.values()))) * len(tuning_seeds) if tune else 0
     protocol = _Protocol(
-        splits=_splits(data),
         epochs=epochs,
         batch_size=batch_size,
         measure=measure,
@@ -247,20 +252,20 @@ def compare(
     results = Results(metric)
     try:
         best = {arm: grid[0] for arm, grid in grids.items()}
-        if tune is not None:
+        if tune:
             trials = [
-                (arm, point, seed)
+                _Trial(arm, point, seed)
                 for arm, grid in grids.items()
                 for point in grid
                 for seed in tuning_seeds
             ]
-            for run in _run_all(arms, trials, trial, store, n_jobs, "tuning"):
-                results._add(run, tuning=True)
+            for i, run in _run_all(arms, trials, splits, trial, store, n_jobs, "tuning"):
+                results._add(trials[i], run, tuning=True)
             best = {arm: results._best_point(arm, grid) for arm, grid in grids.items()}
         results.best.update(best)
-        trials = [(arm, point, seed) for arm, point in best.items() for seed in seeds]
-        for run in _run_all(arms, trials, protocol, store, n_jobs, "runs"):
-            results._add(run, tuning=False)
+        trials = [_Trial(arm, point, seed) for arm, point in best.items() for seed in seeds]
+        for i, run in _run_all(arms, trials, splits, protocol, store, n_jobs, "runs"):
+            results._add(trials[i], run, tuning=False)
     except KeyboardInterrupt:
         results._finish(list(arms))
         raise Interrupted(results) from None
@@ -278,29 +283,43 @@ def _grids(arms, tune) -> dict[str, list[dict]]:
         if not callable(arm):
             raise TypeError(f"arms[{name!r}] must be a function of a seed, received {arm!r}")
     tune = tune or {}
-    per_arm = tune if set(tune) == set(arms) and tune else dict.fromkeys(arms, tune)
+    if not isinstance(tune, Mapping):
+        raise TypeError(f"tune must map hyperparameters to values to try, received {tune!r}")
+    each = any(isinstance(ranges, Mapping) for ranges in tune.values())
+    if each and set(tune) != set(arms):
+        raise ValueError(f"tune must name the arms {list(arms)}, received {list(tune)}")
     grids = {}
-    for arm, ranges in per_arm.items():
-        names = list(ranges)
-        grids[arm] = [
-            dict(zip(names, point, strict=True)) for point in itertools.product(*ranges.values())
-        ]
+    for arm in arms:
+        ranges = tune[arm] if each else tune
+        for name, values in ranges.items():
+            if isinstance(values, str) or not isinstance(values, Iterable):
+                raise TypeError(f"tune[{name!r}] must be a list of values, received {values!r}")
+        points = itertools.product(*(list(values) for values in ranges.values()))
+        grids[arm] = [dict(zip(ranges, point, strict=True)) for point in points]
     sizes = {arm: len(grid) for arm, grid in grids.items()}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ValueError(f"tune must give every arm the same number of trials, received {sizes}")
     return grids
 
 
+def _check_callables(**arguments):
+    for name, value in arguments.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be a function, received {value!r}")
+
+
 def _distinct(values, name) -> list[int]:
-    values = [int(value) for value in values]
+    values = list(values)
+    if any(isinstance(v, bool) or not isinstance(v, (int, np.integer)) for v in values):
+        raise TypeError(f"{name} must be integers, received {values}")
     if not values or len(set(values)) != len(values):
         raise ValueError(f"{name} must be distinct and at least one, received {values}")
-    return values
+    return [int(v) for v in values]
 
 
 def _splits(data):
     if hasattr(data, "x_train"):
-        return (data.x_train, data.y_train), (data.x_valid, data.y_valid)
+        return data.x_train, data.y_train, data.x_valid, data.y_valid
     try:
         (x, y), (x_valid, y_valid) = data
     except (TypeError, ValueError):
@@ -308,7 +327,7 @@ def _splits(data):
             "data must be a Dataset or ((x, y), (x_valid, y_valid)), "
             f"received {type(data).__name__}"
         ) from None
-    return (x, y), (x_valid, y_valid)
+    return x, y, x_valid, y_valid
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -316,9 +335,8 @@ def _splits(data):
 
 @dataclass(frozen=True)
 class _Protocol:
-    """What all runs of a comparison have in common."""
+    """What all runs of a comparison have in common, apart from the data."""
 
-    splits: tuple
     epochs: int
     batch_size: int
     measure: Callable | None
@@ -326,29 +344,39 @@ class _Protocol:
     runs_per_arm: int
     validation_freq: int = 1
 
-    def on_device(self) -> _Protocol:
-        """Convert the data once instead of in each run."""
-        return replace(self, splits=keras.tree.map_structure(tf.convert_to_tensor, self.splits))
-
-    def digest(self):
-        """Hash the data and the protocol."""
-        digest = hashlib.blake2b(repr((self.epochs, self.batch_size)).encode(), digest_size=16)
-        for array in keras.tree.flatten(self.splits):
+    def digest(self, splits):
+        """Hash the data and what of the protocol shapes a run."""
+        code = [training.fingerprint(f) for f in (self.measure, self.callbacks) if f is not None]
+        shape = (self.epochs, self.batch_size, self.validation_freq, code)
+        digest = hashlib.blake2b(repr(shape).encode(), digest_size=16)
+        for array in map(np.asarray, keras.tree.flatten(splits)):
+            digest.update(f"{array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array))
         return digest
+
+
+class _Trial(NamedTuple):
+    """Which run: the arm, its hyperparameters, the seed."""
+
+    arm: str
+    point: dict
+    seed: int
 
 
 #: Building a model uses global state (the seed, the counters of layer names).
 _build_lock = threading.Lock()
 
 
-def _run(arm, build, point, seed, protocol) -> dict:
-    """Train one model and return what is kept of it."""
+def _run(i, build, point, seed, protocol, x, y, x_valid, y_valid) -> tuple[int, dict]:
+    """Train one model; return `i` and what is kept of the run.
+
+    The arrays are arguments of their own so that joblib can share them between processes.
+    """
     with _build_lock, _seeded(seed):
         model = build(seed, **point)
-    (x, y), validation = protocol.splits
-    steps = -(-len(y) // protocol.batch_size) * protocol.epochs * protocol.runs_per_arm
-    run = {"arm": arm, "seed": seed, **point, "diverged_at": None}
+    n = len(keras.tree.flatten(x)[0])
+    steps = -(-n // protocol.batch_size) * protocol.epochs * protocol.runs_per_arm
+    run: dict[str, Any] = {"diverged_at": None}
     start = time.perf_counter()
     try:
         history = training.fit(
@@ -357,7 +385,7 @@ def _run(arm, build, point, seed, protocol) -> dict:
             y,
             epochs=protocol.epochs,
             batch_size=protocol.batch_size,
-            validation_data=validation,
+            validation_data=(x_valid, y_valid),
             validation_freq=protocol.validation_freq,
             callbacks=protocol.callbacks() if protocol.callbacks else (),
             seed=seed,
@@ -370,18 +398,25 @@ def _run(arm, build, point, seed, protocol) -> dict:
     run["history"] = history.history
     if run["diverged_at"] is None:
         run.update({name: values[-1] for name, values in history.history.items()})
-    if protocol.measure is not None:
-        run.update(protocol.measure(model))
-    return run
+        if protocol.measure is not None:
+            run.update(_measured(protocol.measure(model), {*run, *_Trial._fields, *point}))
+    return i, run
 
 
-def _run_all(arms, trials, protocol, store, n_jobs, title) -> Iterator[dict]:
-    """Yield the runs of all trials as they finish; those that `store` holds come first."""
+def _measured(values, taken):
+    if not isinstance(values, Mapping):
+        raise TypeError(f"measure must return a mapping of names to numbers, received {values!r}")
+    if taken & set(values):
+        raise ValueError(f"measure must not return {sorted(taken & set(values))}: columns already")
+    return values
+
+
+def _run_all(arms, trials, splits, protocol, store, n_jobs, title) -> Iterator[tuple[int, dict]]:
+    """Yield index and run of all trials as they finish; those that `store` holds come first."""
     keys = {}
     if store.path is not None:
-        digest = protocol.digest()
-        for i, (arm, point, seed) in enumerate(trials):
-            keys[i] = _key(arm, arms[arm], point, seed, digest)
+        digest = protocol.digest(splits)
+        keys = {i: _key(arms[trial.arm], trial, digest) for i, trial in enumerate(trials)}
     missing = []
     with tqdm(total=len(trials), desc=title, disable=None, leave=False) as bar:
         for i in range(len(trials)):
@@ -390,46 +425,45 @@ def _run_all(arms, trials, protocol, store, n_jobs, title) -> Iterator[dict]:
                 missing.append(i)
             else:
                 bar.update()
-                yield run
-        for i, run in _in_parallel(arms, [(i, *trials[i]) for i in missing], protocol, n_jobs):
+                yield i, run
+        parallel = joblib.Parallel(
+            n_jobs=_runs_at_a_time(n_jobs), prefer="threads", return_as="generator_unordered"
+        )
+        jobs = [
+            joblib.delayed(_run)(
+                i, arms[trials[i].arm], trials[i].point, trials[i].seed, protocol, *splits
+            )
+            for i in missing
+        ]
+        for i, run in parallel(jobs):
             store.keep(keys.get(i), run)
             bar.update()
-            yield run
+            yield i, run
 
 
-def _numbered_run(i, *arguments):
-    return i, _run(*arguments)
-
-
-def _in_parallel(arms, jobs, protocol, n_jobs):
-    backend, _ = joblib.parallel.get_active_backend(prefer="threads")
-    threads = getattr(backend, "supports_sharedmem", False)
-    if threads:
-        protocol = protocol.on_device()
-        if n_jobs is None:
-            n_jobs = 1 if tf.config.list_physical_devices("GPU") else min(4, os.cpu_count() or 1)
-    elif n_jobs is None and isinstance(backend, joblib.parallel.LokyBackend):
-        n_jobs = joblib.cpu_count()
-    parallel = joblib.Parallel(
-        n_jobs=n_jobs, prefer="threads", return_as="generator_unordered", max_nbytes=None
+def _runs_at_a_time(n_jobs):
+    """Return `n_jobs` for joblib; None leaves it to the back end that the user has configured."""
+    # Where no back end is configured, joblib takes the preferred kind.
+    (threads, _), (processes, configured) = (
+        joblib.parallel.get_active_backend(prefer=kind) for kind in ("threads", "processes")
     )
-    return parallel(
-        joblib.delayed(_numbered_run)(i, arm, arms[arm], point, seed, protocol)
-        for i, arm, point, seed in jobs
-    )
+    if n_jobs is not None or type(threads) is type(processes):
+        return n_jobs
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    return configured or (1 if on_gpu else min(4, os.cpu_count() or 1))
 
 
-def _key(arm, build, point, seed, digest) -> str:
-    """Identify a run by all that determines it: data, protocol, configuration, initial weights."""
-    with _build_lock, _seeded(seed):
-        model = build(seed, **point)
+def _key(build, trial, digest) -> str:
+    """Identify a run by all that determines it: data, protocol, configuration, initial state."""
+    with _build_lock, _seeded(trial.seed):
+        model = build(trial.seed, **trial.point)
     digest = digest.copy()
-    digest.update(json.dumps([arm, seed, point], sort_keys=True, default=repr).encode())
+    digest.update(json.dumps([trial.arm, trial.seed]).encode())
     digest.update(training.describe(model).encode())
     optimizer = model.optimizer.get_config() | {"name": None}  # Keras counts the names up
     digest.update(json.dumps(optimizer, sort_keys=True, default=repr).encode())
-    for weights in model.get_weights():
-        digest.update(np.ascontiguousarray(weights))
+    for variable in model.variables:
+        digest.update(np.ascontiguousarray(variable.value))
     return digest.hexdigest()
 
 
@@ -439,13 +473,15 @@ class _Store:
     def __init__(self, path):
         self.path = None if path is None else Path(path)
         self.runs: dict[str, dict] = {}
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return
         try:
-            text = self.path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise OSError(f"cannot read resume={str(self.path)!r}: {error.strerror}") from error
-        for line in text.splitlines():
+            with self.path.open("a+", encoding="utf-8") as file:  # to find out now if it cannot be
+                file.seek(0)
+                lines = file.read().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OSError(f"cannot use resume={str(self.path)!r}: {error}") from error
+        for line in lines:
             try:
                 entry = json.loads(line)
                 self.runs[entry["key"]] = entry["run"]
@@ -458,7 +494,7 @@ class _Store:
     def keep(self, key, run):
         if self.path is None:
             return
-        entry = json.dumps({"key": key, "run": run}, default=float)
+        entry = json.dumps({"key": key, "run": run}, default=lambda number: number.tolist())
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 # The line break comes first, so that a cut-off line cannot swallow this one.
@@ -530,8 +566,12 @@ class Results:
         self._rows: dict[bool, list[dict]] = {True: [], False: []}
         self._finish([])
 
-    def _add(self, run, tuning):
-        self._rows[tuning].append(run)
+    def _add(self, trial, run, tuning):
+        if tuning and run["diverged_at"] is None and self.metric not in run:
+            known = list(run["history"])
+            raise ValueError(f"metric must be one of {known}, received {self.metric!r}")
+        row = {"arm": trial.arm, "seed": trial.seed, **trial.point, **run}
+        self._rows[tuning].append(row)
 
     def _finish(self, arms):
         def table(rows):
@@ -557,7 +597,7 @@ class Results:
             rows = [
                 row
                 for row in self._rows[True]
-                if row["arm"] == arm and all(row[k] == v for k, v in point.items())
+                if row["arm"] == arm and all(row[name] is point[name] for name in point)
             ]
             return np.median(_with_worst([row.get(self.metric) for row in rows], self.metric))
 

@@ -36,7 +36,7 @@ rng = np.random.default_rng(0)
 N, BATCH, STEPS = 26, 8, 4  # three full batches and one of two samples
 X = rng.normal(size=(N, 6)).astype("float32")
 Y = (X[:, :3] + rng.normal(0, 0.5, (N, 3))).argmax(1).astype("int32")
-X_VALID = rng.normal(size=(21, 6)).astype("float32")
+X_VALID = rng.normal(size=(13, 6)).astype("float32")
 Y_VALID = X_VALID[:, :3].argmax(1).astype("int32")
 WEIGHT = rng.uniform(0.2, 2, N).astype("float32")
 
@@ -712,7 +712,7 @@ def test_callbacks_work_unchanged(name):
     theirs.optimizer.build(theirs.trainable_variables)
     theirs.run_eagerly = not name.startswith("freezes")
     our_callbacks, their_callbacks = CALLBACKS[name](), CALLBACKS[name]()
-    options = {"epochs": 8, "validation_data": (X_VALID, Y_VALID)}
+    options = {"epochs": 6, "validation_data": (X_VALID, Y_VALID)}
     history = fit(ours, X, Y, seed=0, batch_size=BATCH, callbacks=our_callbacks, **options)
     expected = model_fit(theirs, callbacks=their_callbacks, **options)
     assert history.engine == "graph"
@@ -791,7 +791,8 @@ class BatchwiseRate(keras.callbacks.Callback):
 @pytest.mark.parametrize("kind", [CountsBatches, BatchwiseRate])
 def test_batch_level_callbacks_see_the_same_batches_in_model_fit(kind):
     ours, theirs = network(optimizer="adam"), network(optimizer="adam")
-    options = {"epochs": 3, "class_weight": {0: 3.0}, "validation_data": THREE}
+    theirs.run_eagerly = True
+    options = {"epochs": 2, "class_weight": {0: 3.0}, "validation_data": THREE}
     history = fit(ours, X, Y, seed=0, batch_size=BATCH, callbacks=[kind()], **options)
     assert_same_history(history, model_fit(theirs, callbacks=[kind()], **options))
     assert history.engine == f"model.fit: {kind.__name__} acts on batches"
@@ -1154,8 +1155,6 @@ TREACHEROUS = [
     "adapted layer",
     "momentum of batch norm",
     "name of a metric",
-    "regularizer without effect",
-    "skip connections",
 ]
 
 
@@ -1542,20 +1541,21 @@ def test_threads_give_the_numbers_of_one_after_the_other(programs):
     assert len(programs) == 4
 
 
-XLA_NETS = ["deep", "batch norm", "activity"]
+def test_xla_gives_the_same_numbers():
+    def make():
+        norm = layers.BatchNormalization()
+        optimizer = optimizers.Adam(SCHEDULE())
+        return network(Dense(4, "relu", activity_regularizer="l2"), norm, optimizer=optimizer)
 
-
-@pytest.mark.parametrize("name", XLA_NETS)
-def test_xla_gives_the_same_numbers(name):
     options = {"validation_data": (X_VALID, Y_VALID)}
-    assert_same_training(NETS[name], jit_compile=True, reference=options, **options)
+    assert_same_training(make, jit_compile=True, reference=options, **options)
 
 
 def test_xla_with_two_outputs_and_one_batch():
     options = {"epochs": 1, "jit_compile": True, "eager": False}
     assert_same_training(two_in_two_out, TWO_X, TWO_Y, reference={"batch_size": BATCH}, **options)
     whole = {"batch_size": 64}
-    assert_same_training(network, reference=whole, **options, **whole)
+    assert_same_training(network, reference=whole, **options | {"eager": True}, **whole)
 
 
 def test_xla_is_used_where_it_pays(monkeypatch):
