@@ -2,12 +2,13 @@
 
     python benchmarks/engine.py [--rounds N] [--torch] [--jax] [--quick]
 
-All contenders train the same network on the same 8,000 random samples in this process, one after the
-other in every round, so that a busy machine slows all of them down. See `README.md` for results.
+All contenders train the same network on the same 8,000 random samples in this process, one after
+the other in every round, so that a busy machine slows all of them down.
 """
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
+import itertools
 import os
 from pathlib import Path
 import platform
@@ -43,7 +44,7 @@ def keras_model(hidden):
     return model
 
 
-# Each contender is a function of the hidden layers that returns a function which trains EPOCHS epochs.
+# Each contender is a function of the hidden layers; it returns a function that trains EPOCHS epochs.
 
 
 def model_fit(hidden):
@@ -63,7 +64,7 @@ def bare_loop(hidden, xla=False):
     sizes = [INPUTS, *hidden, CLASSES]
     weights = [
         tf.Variable(tf.random.normal((a, b), stddev=(2 / a) ** 0.5))
-        for a, b in zip(sizes, sizes[1:], strict=False)
+        for a, b in itertools.pairwise(sizes)
     ]
     biases = [tf.Variable(tf.zeros(n)) for n in sizes[1:]]
     variables = [*weights, *biases]
@@ -124,7 +125,7 @@ def jax_scan(hidden):
     sizes = [INPUTS, *hidden, CLASSES]
     parameters = [
         (jnp.asarray(rng.normal(0, (2 / a) ** 0.5, (a, b)), "float32"), jnp.zeros(b))
-        for a, b in zip(sizes, sizes[1:], strict=False)
+        for a, b in itertools.pairwise(sizes)
     ]
     x, y = jnp.asarray(X), jnp.asarray(Y)
 
@@ -213,12 +214,15 @@ def machine():
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [line.partition(":")[2] for line in info.read_text().splitlines() if "model name" in line]
+        models = [
+            line.partition(":")[2] for line in info.read_text().splitlines() if "model name" in line
+        ]
         cpu = models[0].strip() if models else cpu
     gpus = len(tf.config.list_physical_devices("GPU"))
     return (
         f"{platform.system()} {platform.machine()}, {cpu}, {os.cpu_count()} CPUs, {gpus} GPUs; "
-        f"Python {platform.python_version()}, TensorFlow {tf.__version__}, Keras {keras.__version__}; "
+        f"Python {platform.python_version()}, TensorFlow {tf.__version__}, "
+        f"Keras {keras.__version__}; "
         f"TF_ENABLE_ONEDNN_OPTS={os.environ.get('TF_ENABLE_ONEDNN_OPTS', 'default')}"
     )
 

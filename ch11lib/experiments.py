@@ -13,18 +13,19 @@ other processes or a Dask cluster instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, replace
 import hashlib
 import itertools
 import json
+import numbers
 import os
 from pathlib import Path
 import random
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from ch11lib import training
 from ch11lib.backend import keras, tf
@@ -609,14 +610,18 @@ class Results:
 
         A run that diverged counts as the worst there is: 0 where large is good, else infinity.
         """
+        return self._by_seed(arm, metric).to_numpy()
+
+    def _by_seed(self, arm, metric):
         metric = metric or self.metric
-        rows = self.runs[self.runs.arm == arm]
+        rows = self.runs[self.runs.arm == arm].sort_values("seed")
         if rows.empty:
             raise ValueError(f"arm must be one of {self.arms}, received {arm!r}")
-        if metric not in rows:
+        if metric not in self.runs and self.runs.diverged_at.isna().any():
             known = list(self.runs.columns)
             raise ValueError(f"metric must be one of {known}, received {metric!r}")
-        return _with_worst(rows.sort_values("seed")[metric], metric)
+        values = [None] * len(rows) if metric not in rows else rows[metric]
+        return pd.Series(_with_worst(values, metric), index=rows.seed)
 
     @property
     def arms(self) -> list[str]:
@@ -649,19 +654,24 @@ class Results:
         Difference
             ``values`` by seed, their ``mean``, and the interval ``low`` ... ``high``.
         """
-        values = self.values(a, metric) - self.values(b, metric)
+        # After an interruption the arms may have different seeds: those in common are paired.
+        both = pd.concat([self._by_seed(a, metric), self._by_seed(b, metric)], axis=1, join="inner")
+        with np.errstate(invalid="ignore"):  # two runs that diverged: infinity - infinity
+            values = both[0].to_numpy() - both[1].to_numpy()
         if len(values) < 2:
-            raise ValueError("a difference with an interval needs at least two seeds")
-        mean, half = float(values.mean()), 0.0
+            raise ValueError(f"a difference needs at least two seeds in common, not {len(values)}")
+        mean = float(values.mean())
         if not np.isfinite(values).all():
-            half = np.inf
-        elif np.ptp(values) > 0:
-            half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
+            return Difference(values, mean, -np.inf, np.inf)
+        half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
         return Difference(values, mean, mean - half, mean + half)
 
     def epochs_to(self, metric: str, target: float) -> pd.DataFrame:
         """Return per run the first epoch at which `metric` reaches `target` (infinity if never)."""
-        reached = self.histories[metric]
+        if metric not in self.histories and not self.histories.empty:
+            known = list(self.histories.columns)
+            raise ValueError(f"metric must be one of {known}, received {metric!r}")
+        reached = self.histories.get(metric, pd.Series(dtype=float))
         reached = reached >= target if _larger_is_better(metric) else reached <= target
         first = self.histories[reached].groupby(["arm", "seed"]).epoch.min().astype(float)
         index = pd.MultiIndex.from_frame(self.runs[["arm", "seed"]])
@@ -675,7 +685,7 @@ class Results:
         lines = [f"{'':{width}}  {metric}: median (95 % interval), {summary.seeds.max()} seeds"]
         for arm, row in summary.iterrows():
             text = f"{number(row['median'], 3)} ({number(row.low, 3)} to {number(row.high, 3)})"
-            tuned = ", ".join(f"{name} {number(value)}" for name, value in self.best[arm].items())
+            tuned = ", ".join(f"{name} {_text(value)}" for name, value in self.best[arm].items())
             diverged = f", {int(row.diverged)} diverged" if row.diverged else ""
             lines.append(f"{arm:{width}}  {text}{', ' + tuned if tuned else ''}{diverged}")
         return "\n".join(lines)
@@ -692,6 +702,12 @@ class Difference:
 
     def __str__(self):
         return f"{number(self.mean)} (95 % interval {number(self.low)} to {number(self.high)})"
+
+
+def _text(value) -> str:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return number(value)
+    return str(getattr(value, "__name__", value))
 
 
 def _larger_is_better(metric: str) -> bool:
