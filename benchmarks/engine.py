@@ -44,7 +44,7 @@ def keras_model(hidden):
     return model
 
 
-# Each contender is a function of the hidden layers; it returns a function that trains EPOCHS epochs.
+# Each contender takes the hidden layers and returns a function that trains EPOCHS epochs.
 
 
 def model_fit(hidden):
