@@ -1,6 +1,6 @@
 """Time one training step: the engine, `model.fit`, and a bare compiled loop, interleaved.
 
-    python benchmarks/engine.py [--rounds N] [--torch] [--jax] [--quick]
+    python benchmarks/engine.py [--rounds N] [--net NAME] [--torch] [--jax]
 
 All contenders train the same network on the same 8,000 random samples in this process, one after
 the other in every round, so that a busy machine slows all of them down.
