@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, replace
+import functools
 import hashlib
 import itertools
 import json
@@ -179,8 +180,9 @@ def compare(
         Name of the arm to a function ``arm(seed, **hyperparameters)`` that returns a compiled
         model.
         Python's and NumPy's generators, from which Keras draws its seeds, are seeded for the call.
-    data : Dataset or ((x, y), (x_valid, y_valid))
-        The same for all runs.
+    data : Dataset or ((x, y), (x_valid, y_valid)), or callable
+        The same for all runs; or a function of a seed that returns such data, the same for all arms
+        of this seed: ``lambda seed: few_labels(data, 50, seed)``.
     seeds : sequence of int
         One run of every arm for each; a seed fixes initial weights and batch order.
     epochs, batch_size : int
@@ -318,15 +320,23 @@ def _distinct(values, name) -> list[int]:
     return [int(v) for v in values]
 
 
-def _splits(data):
+def _splits(data) -> Callable[[int], tuple]:
+    """Return a function of a seed that gives the arrays of its runs."""
+    if callable(data):
+        return functools.cache(lambda seed: _split(data(seed)))
+    split = _split(data)
+    return lambda seed: split
+
+
+def _split(data):
     if hasattr(data, "x_train"):
         return data.x_train, data.y_train, data.x_valid, data.y_valid
     try:
         (x, y), (x_valid, y_valid) = data
     except (TypeError, ValueError):
         raise TypeError(
-            "data must be a Dataset or ((x, y), (x_valid, y_valid)), "
-            f"received {type(data).__name__}"
+            "data must be a Dataset or ((x, y), (x_valid, y_valid)), or a function of a seed that "
+            f"returns one of these, received {type(data).__name__}"
         ) from None
     return x, y, x_valid, y_valid
 
@@ -416,8 +426,10 @@ def _run_all(arms, trials, splits, protocol, store, n_jobs, title) -> Iterator[t
     """Yield index and run of all trials as they finish; those that `store` holds come first."""
     keys = {}
     if store.path is not None:
-        digest = protocol.digest(splits)
-        keys = {i: _key(arms[trial.arm], trial, digest) for i, trial in enumerate(trials)}
+        digest = {seed: protocol.digest(splits(seed)) for seed in {t.seed for t in trials}}
+        keys = {
+            i: _key(arms[trial.arm], trial, digest[trial.seed]) for i, trial in enumerate(trials)
+        }
     missing = []
     with tqdm(total=len(trials), desc=title, disable=None, leave=False) as bar:
         for i in range(len(trials)):
@@ -432,7 +444,12 @@ def _run_all(arms, trials, splits, protocol, store, n_jobs, title) -> Iterator[t
         )
         jobs = [
             joblib.delayed(_run)(
-                i, arms[trials[i].arm], trials[i].point, trials[i].seed, protocol, *splits
+                i,
+                arms[trials[i].arm],
+                trials[i].point,
+                trials[i].seed,
+                protocol,
+                *splits(trials[i].seed),
             )
             for i in missing
         ]

@@ -76,6 +76,37 @@ def test_a_run_equals_training_the_model_by_hand():
     assert results.histories.epoch.tolist() == [1, 2, 3]
 
 
+def some_rows(seed):
+    rows = np.random.default_rng(seed).permutation(96)
+    return (X[rows[:20]], Y[rows[:20]]), (X[rows[20:]], Y[rows[20:]])
+
+
+def test_data_can_depend_on_the_seed_and_are_then_the_same_for_all_arms():
+    made = []
+
+    def data(seed):
+        made.append(seed)
+        return some_rows(seed)
+
+    tune = {"learning_rate": [0.1, 0.2]}
+    results = compare(
+        {"a": SMALL, "b": SMALL}, data, seeds=[1, 2], epochs=2, tune=tune, tuning_seeds=[9]
+    )
+    assert sorted(made) == [1, 2, 9]
+    assert results.values("a", "loss").tolist() == results.values("b", "loss").tolist()
+    rate = results.best["a"]["learning_rate"]
+    for seed, loss in zip((1, 2), results.values("a", "loss"), strict=True):
+        arm = {"a": lambda seed: SMALL(seed, learning_rate=rate)}
+        alone = compare(arm, some_rows(seed), seeds=[seed], epochs=2)
+        assert alone.values("a", "loss")[0] == pytest.approx(loss, rel=1e-6)
+
+
+def test_runs_on_other_data_of_the_same_seed_are_not_taken_from_the_file(tmp_path):
+    for data, kept in ((some_rows, 1), (some_rows(1), 1), (some_rows(2), 2)):
+        compare({"a": SMALL}, data, seeds=[1], epochs=1, resume=tmp_path / "runs")
+        assert (tmp_path / "runs").read_text().count('"key"') == kept
+
+
 def test_random_state_of_the_caller_is_untouched():
     import random
 
