@@ -447,6 +447,30 @@ def claim_problems(books, catalogue):
                 yield f"{id}: its notebook exists, so it must have a verdict"
 
 
+def exercise_problems(book, solution):
+    """Yield the checks of exercises that the solutions do not run as they are."""
+    both = [
+        {
+            node.name: ast.unparse(node)
+            for cell in one.code()
+            for node in parsed(cell).body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
+        }
+        for one in (book, solution)
+    ]
+    called = {
+        node.func.id
+        for cell in solution.code()
+        for node in ast.walk(parsed(cell))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    for name, source in both[0].items():
+        if both[1].get(name) != source:
+            yield f"{name}: not the same function in {solution.path}"
+        elif name not in called:
+            yield f"{name}: not called in {solution.path}"
+
+
 # ------------------------------------------------------- every rule fires on a spoilt sample
 
 FIRST, SECOND, THIRD = [
@@ -691,6 +715,19 @@ def test_rules_about_claims_fire(sample):
 PATHS = [*sorted(FOLDER.glob("*.ipynb")), *sorted(FOLDER.glob("solutions/*.ipynb"))]
 
 
+def test_unused_and_altered_exercise_checks_are_found(sample, tmp_path):
+    check = "def check_1(answer):\n    assert answer(2) == {}\n"
+    sample.nb.cells.append(new_code_cell(check.format(4)))
+
+    def found(source):
+        nb = new_notebook(cells=[new_code_cell(source)])
+        return [*exercise_problems(sample, Book(tmp_path / "s.ipynb", nb))]
+
+    assert found(check.format(4) + "\ncheck_1(abs)") == []
+    assert "not called" in found(check.format(4))[0]
+    assert "not the same" in found(check.format(5) + "\ncheck_1(abs)")[0]
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(FOLDER)))
 @pytest.mark.parametrize("name", RULES)
 def test_notebook(path, name):
@@ -704,6 +741,11 @@ def test_claims_are_checked_once_each_in_their_notebook(capsys):
     with capsys.disabled():
         print(f"\n{len(catalogue)} claims, {planned} of them for notebooks yet to come")
     assert list(claim_problems(books, catalogue)) == []
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("solutions/*.ipynb")), ids=lambda p: p.name)
+def test_exercise_checks_are_run_in_the_solutions(path):
+    assert list(exercise_problems(load(FOLDER / path.name), load(path))) == []
 
 
 def test_no_reason_is_left_behind():
