@@ -1,0 +1,460 @@
+"""Pretraining: learn an encoder without labels, or from labels that cost nothing.
+
+Three ways to make a task out of images alone, or out of images with few labels:
+
+* an *autoencoder* puts out what came in, ``||d(e(x)) - x||² -> min``, through a narrow code e(x);
+* *pairs*: the same encoder looks at two images, ``p(same) = sigmoid(w · |e(a) - e(b)| + c)``, and
+  learns whether they belong together: to one class, or to one image seen twice;
+* *self-supervised labels*: how far an image was turned, or what stood where it was covered.
+
+Whatever learns here is an ordinary Keras model, the *encoder*; the models built around it hold this
+very object, so training them trains it. It then goes where labels are few, with a new head.
+
+The functions that make data are NumPy, and a function of their arguments only.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+from ch11lib.backend import keras
+import numpy as np
+
+__all__ = [
+    "Masked",
+    "autoencoder",
+    "masked_patches",
+    "rotations",
+    "same_class_pairs",
+    "same_image_pairs",
+    "twins",
+]
+
+# ----------------------------------------------------------------------------- labels from the data
+
+
+def rotations(x: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Turn each image by 0, 90, 180 or 270 degrees; the label says how far.
+
+    Pixels change places and nothing else, so that no trace of interpolation gives the answer away.
+    The images themselves do: a classifier has to know which way up shoes stand.
+
+    Parameters
+    ----------
+    x : array of shape (n, side, side) or (n, side, side, channels)
+        Square images.
+    seed : int
+        Which image gets which label.
+
+    Returns
+    -------
+    turned : numpy.ndarray
+        Same shape and type; image i is ``numpy.rot90(x[i], labels[i])``, so anticlockwise.
+    labels : numpy.ndarray, shape (n,), int32
+        Quarter turns, 0 to 3; each as often as any other, up to one.
+
+    Notes
+    -----
+    S. Gidaris, P. Singh and N. Komodakis, "Unsupervised Representation Learning by Predicting
+    Image Rotations", ICLR 2018, arXiv:1803.07728. There each image appears in all four positions.
+
+    Examples
+    --------
+    >>> turned, labels = rotations(np.arange(16).reshape(4, 2, 2), seed=1)
+    >>> labels
+    array([0, 1, 2, 3], dtype=int32)
+    >>> turned[:2].tolist()
+    [[[0, 1], [2, 3]], [[5, 7], [4, 6]]]
+    """
+    x = _images(x)
+    if x.shape[1] != x.shape[2]:
+        raise ValueError(f"x must hold square images, received shape {x.shape}")
+    labels = np.random.default_rng(seed).permutation(len(x)).astype(np.int32) % 4
+    turned = np.empty_like(x)
+    for turns in range(4):
+        turned[labels == turns] = np.rot90(x[labels == turns], turns, axes=(1, 2))
+    return turned, labels
+
+
+class Masked(NamedTuple):
+    """Images with covered patches.
+
+    Attributes
+    ----------
+    x : numpy.ndarray
+        The images, with `fill` where they are covered.
+    mask : numpy.ndarray of bool, shape (n, height, width)
+        True where an image is covered.
+    """
+
+    x: np.ndarray
+    mask: np.ndarray
+
+
+def masked_patches(
+    x: np.ndarray, fraction: float, seed: int, *, patch: int = 7, fill: float = 0.0
+) -> Masked:
+    """Cover square patches of each image; the originals are the targets.
+
+    The image is divided into a grid of patches. In each image the same number of them is covered,
+    chosen independently.
+
+    Parameters
+    ----------
+    x : array of shape (n, height, width) or (n, height, width, channels)
+        Images of which both sides are multiples of `patch`.
+    fraction : float
+        Share of the patches to cover, rounded to whole patches; some stay covered and some free.
+    seed : int
+        Which patches are covered.
+    patch : int
+        Side of a patch, in pixels.
+    fill : float
+        What covered pixels are set to; 0 is the mean of standardized images.
+
+    Returns
+    -------
+    Masked
+
+    Notes
+    -----
+    K. He, X. Chen, S. Xie, Y. Li, P. Dollár and R. Girshick, "Masked Autoencoders Are Scalable
+    Vision Learners", CVPR 2022, arXiv:2111.06377, cover 75 %.
+
+    Examples
+    --------
+    >>> covered = masked_patches(np.ones((1, 4, 4)), 0.5, seed=0, patch=2)
+    >>> covered.x[0].astype(int).tolist()
+    [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    """
+    x = _images(x)
+    patch = _count("patch", patch, 1)
+    n, height, width = x.shape[:3]
+    if height % patch or width % patch:
+        raise ValueError(
+            f"patch must divide the sides of the images, {height} and {width}, received {patch}"
+        )
+    rows, columns = height // patch, width // patch
+    covered = round(fraction * rows * columns) if 0 < fraction < 1 else 0
+    if not 0 < covered < rows * columns:
+        raise ValueError(
+            f"fraction must cover some of the {rows * columns} patches and leave some, "
+            f"received {fraction!r}"
+        )
+    rank = np.random.default_rng(seed).random((n, rows * columns)).argsort(axis=1).argsort(axis=1)
+    mask = (rank < covered).reshape(n, rows, columns)
+    mask = mask.repeat(patch, axis=1).repeat(patch, axis=2)
+    x = x.copy()
+    x[mask] = fill
+    return Masked(x, mask)
+
+
+# ------------------------------------------------------------------------------------------- pairs
+
+
+def same_class_pairs(
+    x: np.ndarray, y: np.ndarray, n: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw pairs of different images: half of them of the same class, half of different classes.
+
+    Parameters
+    ----------
+    x : array of shape (images, ...)
+    y : array of shape (images,)
+        Class of each image.
+    n : int
+        Number of pairs. A pair may be drawn more than once.
+    seed : int
+
+    Returns
+    -------
+    pairs : numpy.ndarray, shape (n, 2, ...)
+        Two images each; an image is never paired with itself.
+    same : numpy.ndarray, shape (n,), int32
+        1 for the same class, 0 for different ones; both equally often, up to one.
+
+    Raises
+    ------
+    ValueError
+        If there is only one class, or no class with two images.
+
+    Examples
+    --------
+    >>> x, y = np.array([10, 11, 20, 21]), np.array([1, 1, 2, 2])
+    >>> pairs, same = same_class_pairs(x, y, 4, seed=0)
+    >>> sorted(same.tolist()), bool((same == (pairs[:, 0] // 10 == pairs[:, 1] // 10)).all())
+    ([0, 0, 1, 1], True)
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    n = _count("n", n, 1)
+    if x.ndim < 1 or y.shape != x.shape[:1]:
+        raise ValueError(
+            "x and y must have shapes (images, ...) and (images,), "
+            f"received {x.shape} and {y.shape}"
+        )
+    order = np.argsort(y, kind="stable")  # classes side by side
+    _, begin, count = np.unique(y[order], return_index=True, return_counts=True)
+    if len(begin) < 2 or count.max() < 2:
+        raise ValueError(
+            "y must hold two classes at least, and two images of a class, "
+            f"received {len(begin)} classes with {count.max(initial=0)} images at most"
+        )
+    begin, count = begin.repeat(count), count.repeat(count)  # of the class of each place in order
+    rng = np.random.default_rng(seed)
+    same = _half(n, rng)
+    # Only images that have company in their class can start a pair of the same class.
+    social = np.flatnonzero(count > 1)
+    first = np.where(same, rng.choice(social, n), rng.integers(len(y), size=n))
+    # With the class as a circle, any step but a full turn ends at another image of the class; with
+    # all images as a circle, a step past the end of the class ends in another one.
+    steps = rng.random(n)
+    begin, count = begin[first], count[first]
+    within = begin + (first - begin + 1 + np.floor(steps * (count - 1)).astype(int)) % count
+    outside = (begin + count + np.floor(steps * (len(y) - count)).astype(int)) % len(y)
+    second = np.where(same, within, outside)
+    return x[np.stack([order[first], order[second]], axis=1)], same
+
+
+def same_image_pairs(
+    x: np.ndarray, n: int, seed: int, *, shift: int = 3
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw pairs without any labels: half of them show one image twice, half two images.
+
+    Every image of a pair is shifted by a random number of pixels, its border pixels filling the
+    gap; two views of one image are never shifted alike, so they always differ unless the image
+    is so plain that shifting does not change it.
+
+    Parameters
+    ----------
+    x : array of shape (images, height, width) or (images, height, width, channels)
+        Two images at least.
+    n : int
+        Number of pairs.
+    seed : int
+    shift : int
+        Largest shift, in pixels, in each direction along both axes.
+
+    Returns
+    -------
+    pairs : numpy.ndarray, shape (n, 2, height, width, ...)
+    same : numpy.ndarray, shape (n,), int32
+        1 for views of one image, 0 for two images; both equally often, up to one.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).random((5, 8, 8))
+    >>> pairs, same = same_image_pairs(x, 6, seed=0, shift=2)
+    >>> pairs.shape, sorted(same.tolist())
+    ((6, 2, 8, 8), [0, 0, 0, 1, 1, 1])
+    """
+    x, n, shift = _images(x), _count("n", n, 1), _count("shift", shift, 1)
+    if len(x) < 2:
+        raise ValueError(f"x must hold two images at least, received {len(x)}")
+    rng = np.random.default_rng(seed)
+    same = _half(n, rng)
+    first = rng.integers(len(x), size=n)
+    second = np.where(same, first, (first + rng.integers(1, len(x), size=n)) % len(x))
+    # A shift is one of (2 shift + 1)² cells; the second cell of a pair is another one than the
+    # first, also for different images, so that equal shifts say nothing about the answer.
+    side = 2 * shift + 1
+    cell = rng.integers(side**2, size=n)
+    other = (cell + rng.integers(1, side**2, size=n)) % side**2
+    views = [
+        _shifted(x[i], c // side - shift, c % side - shift)
+        for i, c in ((first, cell), (second, other))
+    ]
+    return np.stack(views, axis=1), same
+
+
+def _shifted(x, down, right):
+    """Shift each image by a number of pixels of its own, repeating the pixels at the border."""
+    height, width = x.shape[1:3]
+    rows = np.clip(np.arange(height) - down[:, None], 0, height - 1)
+    columns = np.clip(np.arange(width) - right[:, None], 0, width - 1)
+    return x[np.arange(len(x))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _half(n, rng):
+    """Return zeros and ones, equally many up to one, in random order."""
+    return rng.permutation(n).astype(np.int32) % 2
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def autoencoder(
+    encoder: keras.Model,
+    decoder: keras.Model | None = None,
+    *,
+    activation: Any = "relu",
+    kernel_initializer: Any = "he_normal",
+) -> keras.Model:
+    """Put a decoder on an encoder, so that the whole can learn to put out its own input.
+
+    Train it on ``(x, x)``, or on ``(masked.x, x)``.
+
+    Parameters
+    ----------
+    encoder : keras.Model
+        Built, with one input and one output. The same object becomes part of the result.
+    decoder : keras.Model or layer, optional
+        Turns codes into inputs again. By default the encoder's dense layers in reverse: for
+        784-100-50 dense layers 50-100-784, then the shape of the input. The last one is linear, so
+        that any range of values can be reached, such as that of standardized images.
+    activation, kernel_initializer
+        Of the hidden layers of the default decoder.
+
+    Returns
+    -------
+    keras.Model
+        Functional, not compiled; its layers are the input, the encoder and the decoder.
+
+    Raises
+    ------
+    TypeError
+        If encoder or decoder is something else.
+    ValueError
+        If the encoder is not built, or has layers with weights other than dense layers and batch
+        normalization, which the default decoder cannot mirror; or if the decoder does not take
+        codes or does not return the encoder's input shape.
+
+    Notes
+    -----
+    G. E. Hinton and R. R. Salakhutdinov, "Reducing the Dimensionality of Data with Neural
+    Networks", Science 313 (2006), doi:10.1126/science.1127647.
+
+    Examples
+    --------
+    >>> layers = [keras.layers.Dense(100, "relu"), keras.layers.Dense(50, "relu")]
+    >>> model = autoencoder(keras.Sequential([keras.Input((784,)), *layers]))
+    >>> [layer.units for layer in model.get_layer("decoder").layers], model.output_shape
+    ([100, 784], (None, 784))
+    """
+    inputs, code = _encoded(encoder)
+    if decoder is None:
+        decoder = _mirrored(encoder, activation, kernel_initializer)
+    elif not isinstance(decoder, keras.Layer):
+        raise TypeError(f"decoder must be a model or layer, received {type(decoder).__name__}")
+    try:
+        outputs = decoder(code)
+    except ValueError as error:
+        raise ValueError(
+            f"decoder must take the codes of the encoder, of shape {code.shape}: {error}"
+        ) from None
+    if outputs.shape != inputs.shape:
+        raise ValueError(
+            f"decoder must return the encoder's input shape {inputs.shape}, "
+            f"received {outputs.shape}"
+        )
+    return keras.Model(inputs, outputs, name="autoencoder")
+
+
+def twins(encoder: keras.Model) -> keras.Model:
+    """Let one encoder look at two inputs, and say whether they belong together.
+
+    ``logit(same) = w · |e(a) - e(b)| + c``: which order the two have does not matter. Train it on
+    what `same_class_pairs` or `same_image_pairs` return, with binary cross-entropy from logits.
+
+    Parameters
+    ----------
+    encoder : keras.Model
+        Built, with one input and one output. The same object becomes part of the result, once, so
+        both inputs meet the same weights.
+
+    Returns
+    -------
+    keras.Model
+        Functional, not compiled; it maps pairs of shape (n, 2, ...) to logits of shape (n, 1).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the encoder is not a model or not built.
+
+    Notes
+    -----
+    J. Bromley, I. Guyon, Y. LeCun, E. Säckinger and R. Shah, "Signature Verification using a
+    'Siamese' Time Delay Neural Network", NIPS 1993.
+
+    Examples
+    --------
+    >>> encoder = keras.Sequential([keras.Input((28, 28)), keras.layers.Flatten()])
+    >>> model = twins(encoder)
+    >>> model.input_shape, model.output_shape
+    ((None, 2, 28, 28), (None, 1))
+    """
+    one, _ = _encoded(encoder)
+    pairs = keras.Input((2, *one.shape[1:]), dtype=one.dtype, name="pairs")
+    first, second = encoder(pairs[:, 0]), encoder(pairs[:, 1])
+    apart = keras.layers.Flatten()(keras.ops.abs(first - second))
+    return keras.Model(pairs, keras.layers.Dense(1, name="same")(apart), name="twins")
+
+
+def _encoded(encoder):
+    """Return an input and the encoder's output for it."""
+    if not isinstance(encoder, keras.Model):
+        raise TypeError(f"encoder must be a keras.Model, received {type(encoder).__name__}")
+    if not encoder.built or not getattr(encoder, "inputs", None):
+        raise ValueError(f"encoder {encoder.name!r} must be built: give it a keras.Input")
+    if len(encoder.inputs) != 1 or len(encoder.outputs) != 1:
+        raise ValueError(
+            f"encoder {encoder.name!r} must have one input and one output, "
+            f"received {len(encoder.inputs)} and {len(encoder.outputs)}"
+        )
+    [tensor] = encoder.inputs
+    inputs = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype)
+    return inputs, encoder(inputs)
+
+
+def _mirrored(encoder, activation, kernel_initializer):
+    layers = [layer for layer in encoder.layers if layer.weights]
+    dense = [layer for layer in layers if isinstance(layer, keras.layers.Dense)]
+    others = [
+        layer.name
+        for layer in layers
+        if not isinstance(layer, (keras.layers.Dense, keras.layers.BatchNormalization))
+    ]
+    if others or not dense:
+        raise ValueError(
+            f"decoder must be given for encoder {encoder.name!r}: only dense layers can be "
+            f"mirrored, received {others or 'none'}"
+        )
+    shape = encoder.inputs[0].shape[1:]
+    if None in shape:
+        raise ValueError(f"encoder must have a fixed input shape, received {(None, *shape)}")
+    hidden = [
+        keras.layers.Dense(layer.units, activation, kernel_initializer=kernel_initializer)
+        for layer in dense[-2::-1]
+    ]
+    back = [keras.layers.Dense(math.prod(shape))]
+    if len(shape) > 1:
+        back.append(keras.layers.Reshape(shape))
+    code = keras.Input(encoder.outputs[0].shape[1:])
+    return keras.Sequential([code, *hidden, *back], name="decoder")
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _images(x):
+    x = np.asarray(x)
+    if x.ndim not in (3, 4) or not x.size:
+        raise ValueError(
+            "x must hold images, shape (n, height, width) or (n, height, width, channels), "
+            f"received shape {x.shape}"
+        )
+    return x
+
+
+def _count(name, value, low):
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, received {value!r}") from None
+    if count < low:
+        raise ValueError(f"{name} must be at least {low}, received {count}")
+    return count
