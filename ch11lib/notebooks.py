@@ -270,6 +270,13 @@ class _KernelManager(AsyncKernelManager):
         return KernelSpecManager(parent=self, kernel_dirs=[])
 
 
+class _Client(NotebookClient):
+    async def _async_poll_kernel_alive(self) -> None:
+        # On Ctrl-C nbclient lets go of the kernel that this task still looks after.
+        with contextlib.suppress(AssertionError):
+            await super()._async_poll_kernel_alive()
+
+
 class _Memory:
     """Watches the memory of a process and its children, from a thread and when asked to look."""
 
@@ -395,7 +402,7 @@ def execute(
         changes = dict(env or {})
         if log_claims:
             changes["CH11_CLAIMS_LOG"] = str(log)
-        client = NotebookClient(
+        client = _Client(
             notebook,
             timeout=timeout,
             startup_timeout=180,

@@ -1,5 +1,6 @@
 """The machinery on small notebooks, most of them broken on purpose; none imports TensorFlow."""
 
+import asyncio
 import json
 import math
 import os
@@ -511,3 +512,11 @@ def test_folded_text_stays_folded_in_a_page(tmp_path):
     page = notebooks._html(SimpleNamespace(notebook=made, path=tmp_path / "01_a.ipynb"), "")
     inside = page.partition("<details>")[2].partition("</details>")[0]
     assert "The <em>answer</em> itself." in inside
+
+
+def test_the_watch_over_a_kernel_ends_quietly_when_an_interruption_has_taken_the_kernel_away():
+    client = notebooks._Client(new_notebook())
+    assert client.kc is None
+    asyncio.run(client._async_poll_kernel_alive())
+    with pytest.raises(AssertionError):
+        asyncio.run(super(notebooks._Client, client)._async_poll_kernel_alive())
