@@ -182,7 +182,7 @@ def compare(
         Python's and NumPy's generators, from which Keras draws its seeds, are seeded for the call.
     data : Dataset or ((x, y), (x_valid, y_valid)), or callable
         The same for all runs; or a function of a seed that returns such data, the same for all arms
-        of this seed: ``lambda seed: few_labels(data, 50, seed)``.
+        of this seed: ``lambda seed: data.few_labels(50, seed)``.
     seeds : sequence of int
         One run of every arm for each; a seed fixes initial weights and batch order.
     epochs, batch_size : int

@@ -28,7 +28,6 @@ __all__ = [
     "Tasks",
     "distance",
     "features",
-    "few_labels",
     "freeze",
     "reuse_layers",
     "split_tasks",
@@ -62,10 +61,10 @@ def split_tasks(
     classes_b : sequence of str or int
         Classes of task B, by name or by number.
     n : int, optional
-        Number of training images of B, chosen by `few_labels`; all of them by default. Validation
-        and test images are all kept.
+        Number of training images of B, chosen by `Dataset.few_labels`; all of them by default.
+        Validation and test images are all kept.
     seed : int
-        For `few_labels`.
+        For `Dataset.few_labels`.
 
     Returns
     -------
@@ -100,53 +99,7 @@ def split_tasks(
     names = ", ".join(data.class_names[number] for number in of_b)
     a = _only(data, of_a, f"{data.name} without {names}")
     b = _only(data, of_b, f"{data.name}: {names}")
-    return Tasks(a, b if n is None else few_labels(b, n, seed))
-
-
-def few_labels(data: Dataset, n: int, seed: int) -> Dataset:
-    """Keep n training images, equally many of each class, chosen by a seed.
-
-    Any number of images chosen with one seed contains every smaller number: a label-efficiency
-    curve then measures what *more* labels do, not what others do. Validation and test images stay.
-
-    Parameters
-    ----------
-    data : Dataset
-    n : int
-        Number of training images to keep. Counts of two classes differ by one at most.
-    seed : int
-
-    Returns
-    -------
-    Dataset
-
-    Raises
-    ------
-    ValueError
-        If a class has too few images.
-
-    Examples
-    --------
-    >>> from ch11lib.datasets import load_fashion_mnist
-    >>> few = few_labels(load_fashion_mnist(), 25, seed=1)
-    >>> sorted(np.bincount(few.y_train).tolist())
-    [2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
-    """
-    n = _count("n", n, 1, len(data.y_train))
-    order = np.random.default_rng(seed).permutation(len(data.y_train))
-    labels = data.y_train[order]
-    turn = np.empty(len(order), int)  # how many of the same class come before
-    for label in range(len(data.class_names)):
-        turn[labels == label] = np.arange(np.count_nonzero(labels == label))
-    order = order[np.argsort(turn, kind="stable")[:n]]
-    counts = np.bincount(data.y_train[order], minlength=len(data.class_names))
-    if np.ptp(counts) > 1:
-        rarest = data.class_names[counts.argmin()]
-        raise ValueError(
-            f"n must leave equally many training images of each class, received {n} "
-            f"with {counts.min()} of {rarest!r} only"
-        )
-    return replace(data, x_train=data.x_train[order], y_train=data.y_train[order])
+    return Tasks(a, b if n is None else b.few_labels(n, seed))
 
 
 def _class_number(data, name):

@@ -7,6 +7,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import math
 import os
 from pathlib import Path
 import pickle
@@ -366,6 +367,48 @@ def test_empty_parts_are_refused():
 def test_bad_size(size):
     with pytest.raises(ValueError, match=re.escape(f'"12k" or "full", got {size!r}')):
         load_fashion_mnist(size)
+
+
+def tiny(labels):
+    x = np.arange(len(labels), dtype="float32")[:, None]
+    y = np.array(labels, "int32")
+    return Dataset(x, y, x, y, x, y, tuple("abc"), "tiny")
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.permutations([0, 1, 2] * 5), st.integers(1, 15), st.integers(0, 9))
+def test_few_labels_are_balanced_and_nested(labels, n, seed):
+    data = tiny(labels)
+    few = data.few_labels(n, seed)
+    assert np.ptp(np.bincount(few.y_train, minlength=3)) <= 1
+    chosen = few.x_train[:, 0].astype(int)
+    assert len(set(chosen)) == n
+    np.testing.assert_array_equal(few.y_train, np.array(labels)[chosen])
+    more = data.few_labels(min(n + 4, 15), seed)
+    np.testing.assert_array_equal(more.x_train[:n], few.x_train)
+    np.testing.assert_array_equal(few.x_valid, data.x_valid)
+
+
+def test_few_labels_depend_on_the_seed():
+    data = tiny([0, 1, 2] * 50)
+    sets = [tuple(data.few_labels(6, seed).x_train.ravel()) for seed in range(20)]
+    assert len(set(sets)) == 20
+    # Every image has the same chance: 6 of 150.
+    hits = np.bincount(
+        np.concatenate([data.few_labels(6, s).x_train[:, 0] for s in range(300)]).astype(int),
+        minlength=150,
+    )
+    assert hits.min() > 0
+    assert hits.max() < 12 + 5 * math.sqrt(12)
+
+
+def test_few_labels_that_cannot_be_had():
+    with pytest.raises(ValueError, match="received 7 with 1 of 'c' only"):
+        tiny([0, 0, 0, 0, 1, 1, 1, 1, 2]).few_labels(7, 0)
+    with pytest.raises(ValueError, match=r"n must lie in 1\.\.3, got 4"):
+        tiny([0, 1, 2]).few_labels(4, 0)
+    with pytest.raises(TypeError, match=r"n must be an integer, got 2\.0"):
+        tiny([0, 1, 2]).few_labels(2.0, 0)
 
 
 # ---------------------------------------------------------------------- damage to the embedded file

@@ -3,9 +3,7 @@ import math
 
 from ch11lib import training, transfer
 from ch11lib.backend import keras
-from ch11lib.datasets import Dataset, load_fashion_mnist
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from ch11lib.datasets import load_fashion_mnist
 import numpy as np
 import pytest
 
@@ -120,7 +118,7 @@ def test_tasks_with_few_labels():
     data = load_fashion_mnist()
     _, b = transfer.split_tasks(data, ["Coat", "Shirt"], n=21, seed=4)
     _, whole = transfer.split_tasks(data, ["Coat", "Shirt"])
-    np.testing.assert_array_equal(b.x_train, transfer.few_labels(whole, 21, 4).x_train)
+    np.testing.assert_array_equal(b.x_train, whole.few_labels(21, 4).x_train)
     np.testing.assert_array_equal(b.x_test, whole.x_test)
     assert sorted(np.bincount(b.y_train)) == [10, 11]
 
@@ -141,50 +139,6 @@ def test_tasks_with_few_labels():
 def test_wrong_classes(classes, error, words):
     with pytest.raises(error, match=words):
         transfer.split_tasks(load_fashion_mnist().take(50), classes)
-
-
-def tiny(labels):
-    x = np.arange(len(labels), dtype="float32")[:, None]
-    y = np.array(labels, "int32")
-    return Dataset(x, y, x, y, x, y, tuple("abc"), "tiny")
-
-
-@settings(derandomize=True, deadline=None, max_examples=40)
-@given(st.permutations([0, 1, 2] * 5), st.integers(1, 15), st.integers(0, 9))
-def test_few_labels_are_balanced_and_nested(labels, n, seed):
-    data = tiny(labels)
-    few = transfer.few_labels(data, n, seed)
-    assert np.ptp(np.bincount(few.y_train, minlength=3)) <= 1
-    chosen = few.x_train[:, 0].astype(int)
-    assert len(set(chosen)) == n
-    np.testing.assert_array_equal(few.y_train, np.array(labels)[chosen])
-    more = transfer.few_labels(data, min(n + 4, 15), seed)
-    np.testing.assert_array_equal(more.x_train[:n], few.x_train)
-    np.testing.assert_array_equal(few.x_valid, data.x_valid)
-
-
-def test_few_labels_depend_on_the_seed():
-    data = tiny([0, 1, 2] * 50)
-    sets = [tuple(transfer.few_labels(data, 6, seed).x_train.ravel()) for seed in range(20)]
-    assert len(set(sets)) == 20
-    # Every image has the same chance: 6 of 150.
-    hits = np.bincount(
-        np.concatenate([transfer.few_labels(data, 6, s).x_train[:, 0] for s in range(300)]).astype(
-            int
-        ),
-        minlength=150,
-    )
-    assert hits.min() > 0
-    assert hits.max() < 12 + 5 * math.sqrt(12)
-
-
-def test_few_labels_that_cannot_be_had():
-    with pytest.raises(ValueError, match="received 7 with 1 of 'c' only"):
-        transfer.few_labels(tiny([0, 0, 0, 0, 1, 1, 1, 1, 2]), 7, 0)
-    with pytest.raises(ValueError, match=r"n must lie in 1\.\.3, received 4"):
-        transfer.few_labels(tiny([0, 1, 2]), 4, 0)
-    with pytest.raises(TypeError, match=r"n must be an integer, received 2\.0"):
-        transfer.few_labels(tiny([0, 1, 2]), 2.0, 0)
 
 
 # ------------------------------------------------------------------------------------ reused layers
