@@ -31,13 +31,23 @@ from typing import Any, NamedTuple
 from ch11lib import training
 from ch11lib.backend import keras, tf
 from ch11lib.claims import number
+from ch11lib.fleets import Fleet
 import joblib
 import numpy as np
 import pandas as pd
 from scipy import stats
 from tqdm import tqdm
 
-__all__ = ["DenseNet", "Difference", "Interrupted", "Results", "compare", "interval", "seeds"]
+__all__ = [
+    "DenseNet",
+    "Difference",
+    "Interrupted",
+    "Results",
+    "compare",
+    "compare_fleets",
+    "interval",
+    "seeds",
+]
 
 Arm = Callable[..., keras.Model]
 
@@ -274,6 +284,127 @@ def compare(
         raise Interrupted(results) from None
     results._finish(list(arms))
     return results
+
+
+def compare_fleets(
+    arms: Mapping[str, Callable[..., Fleet]],
+    data: Any,
+    *,
+    seeds: Sequence[int],
+    epochs: int,
+    rates: Sequence[float] | Mapping[str, Sequence[float]],
+    tuning_seeds: Sequence[int],
+    tuning_epochs: int | None = None,
+    batch_size: int = 32,
+    n_jobs: int | None = None,
+) -> Results:
+    """Compare dense architectures as `compare` does, all runs of an arm at once.
+
+    Parameters
+    ----------
+    arms : mapping of str to callable
+        Name of the arm to a function ``arm(seeds=..., rates=...)`` that returns a fleet, such as
+        ``functools.partial(Fleet, 2, 100)``.
+    data : Dataset or ((x, y), (x_valid, y_valid))
+        With flat images.
+    seeds : sequence of int
+        One network of every arm for each.
+    epochs, batch_size : int
+        The same for all; batches that would not be full are left out.
+    rates : sequence of float, or mapping of arm to such a sequence
+        Learning rates to choose from, equally many for every arm.
+    tuning_seeds : sequence of int
+        Seeds on which the rate is chosen: that with the least median loss in the last epoch.
+    tuning_epochs : int, optional
+        Length of a trial; default `epochs`.
+    n_jobs : int, optional
+        Arms at a time: threads by default, one per core (one in all on a GPU).
+
+    Returns
+    -------
+    Results
+        With ``loss``, the mean over the batches of an epoch, ``val_loss`` and ``val_accuracy``.
+
+    Examples
+    --------
+    >>> from ch11lib import datasets
+    >>> data = datasets.load_fashion_mnist().take(320).standardized().flattened()
+    >>> arms = {f: functools.partial(Fleet, 1, 20, activation=f) for f in ("relu", "tanh")}
+    >>> results = compare_fleets(
+    ...     arms, data, seeds=[0, 1, 2], epochs=3, rates=[0.001, 0.1], tuning_seeds=[9]
+    ... )
+    >>> results.best
+    {'relu': {'learning_rate': 0.1}, 'tanh': {'learning_rate': 0.1}}
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, received {epochs}")
+    grids = _grids(arms, _rates_of(rates))
+    seeds, tuning_seeds = _distinct(seeds, "seeds"), _distinct(tuning_seeds, "tuning_seeds")
+    if set(seeds) & set(tuning_seeds):
+        raise ValueError("tuning_seeds must not share a seed with seeds")
+    split = _split(data)
+    trials = _FleetRuns(split, tuning_seeds, tuning_epochs or epochs, batch_size)
+    runs = _FleetRuns(split, seeds, epochs, batch_size)
+    jobs = (joblib.delayed(_tuned_fleet)(arm, arms[arm], grids[arm], trials, runs) for arm in arms)
+    parallel = joblib.Parallel(_runs_at_a_time(n_jobs), prefer="threads", return_as="generator")
+    results = Results("loss")
+    try:
+        for part in tqdm(parallel(jobs), total=len(arms), desc="arms", disable=None, leave=False):
+            results._merge(part)
+    except KeyboardInterrupt:
+        results._finish(list(arms))
+        raise Interrupted(results) from None
+    results._finish(list(arms))
+    return results
+
+
+def _tuned_fleet(arm, make, grid, trials, runs) -> Results:
+    """Choose the rate of one arm, then make its runs."""
+    part = Results("loss")
+    for trial, run in trials.of(arm, make, grid):
+        part._add(trial, run, tuning=True)
+    part.best[arm] = part._best_point(arm, grid)
+    for trial, run in runs.of(arm, make, [part.best[arm]]):
+        part._add(trial, run, tuning=False)
+    return part
+
+
+@dataclass(frozen=True)
+class _FleetRuns:
+    """What fleets have in common that are compared."""
+
+    split: tuple
+    seeds: Sequence[int]
+    epochs: int
+    batch_size: int
+
+    def of(self, arm, make, points) -> Iterator[tuple[_Trial, dict]]:
+        """Train one fleet; yield for each of its networks what `_run` returns of a model."""
+        x, y, x_valid, y_valid = self.split
+        rates = [point["learning_rate"] for point in points]
+        fleet, steps = make(seeds=self.seeds, rates=rates), len(x) // self.batch_size
+        start = time.perf_counter()
+        losses = fleet.train(x, y, steps=steps * self.epochs, batch_size=self.batch_size)
+        seconds = (time.perf_counter() - start) / losses.shape[1]
+        by_epoch = losses.reshape(self.epochs, steps, -1).mean(axis=1).T
+        valid = fleet.evaluate(x_valid, y_valid)
+        for network, loss in zip(valid.itertuples(), by_epoch, strict=True):
+            bad = np.flatnonzero(~np.isfinite(loss))
+            run = {"diverged_at": f"epoch {bad[0] + 1}" if len(bad) else None, "seconds": seconds}
+            run["history"] = {"loss": loss[: bad[0]] if len(bad) else loss}
+            if not len(bad):
+                run |= {
+                    "loss": loss[-1],
+                    "val_loss": network.loss,
+                    "val_accuracy": network.accuracy,
+                }
+            yield _Trial(arm, points[rates.index(network.rate)], network.seed), run
+
+
+def _rates_of(rates):
+    if isinstance(rates, Mapping):
+        return {arm: {"learning_rate": values} for arm, values in rates.items()}
+    return {"learning_rate": rates}
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -590,6 +721,11 @@ class Results:
             raise ValueError(f"metric must be one of {known}, received {self.metric!r}")
         row = {"arm": trial.arm, "seed": trial.seed, **trial.point, **run}
         self._rows[tuning].append(row)
+
+    def _merge(self, other):
+        self.best.update(other.best)
+        for tuning, rows in other._rows.items():
+            self._rows[tuning] += rows
 
     def _finish(self, arms):
         def table(rows):

@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = Path(ch11lib.__file__).parent
 BASE = {"__init__", "backend"}
-SHARED = {"datasets", "training", "experiments", "claims", "plotting", "widgets"}
+SHARED = {"datasets", "training", "fleets", "experiments", "claims", "plotting", "widgets"}
 TOPICS = {
     *("signals", "initializers", "activations", "batch_norm", "clipping", "transfer"),
     *("pretraining", "optimizers", "landscapes", "sparsity", "schedules", "regularization"),

@@ -1,12 +1,14 @@
 """Comparisons are fair, repeatable, interruptible, and the same wherever they run."""
 
+from functools import partial
 import json
 import pickle
 from types import SimpleNamespace
 
 from ch11lib import experiments, training
 from ch11lib.backend import keras
-from ch11lib.experiments import DenseNet, compare
+from ch11lib.experiments import DenseNet, compare, compare_fleets
+from ch11lib.fleets import Fleet
 import joblib
 import numpy as np
 import pandas as pd
@@ -421,3 +423,68 @@ def test_memory_is_released_between_runs():
     compare({"a": arm}, DATA, seeds=range(5), epochs=1, n_jobs=1)
     gc.collect()
     assert sum(reference() is not None for reference in alive) == 0
+
+
+# --- fleets ---------------------------------------------------------------------------------------
+
+TINY = partial(Fleet, 2, 8, inputs=4, classes=2)
+RATES = {"seeds": [1, 2, 3], "rates": [0.001, 0.1], "tuning_seeds": [8, 9]}
+
+
+def test_fleets_get_equal_trials_and_keep_every_run():
+    results = compare_fleets(
+        {"relu": TINY, "tanh": partial(TINY, activation="tanh")},
+        DATA,
+        epochs=4,
+        tuning_epochs=3,
+        **RATES,
+    )
+    assert results.tuning.groupby(["arm", "learning_rate"]).size().tolist() == [2] * 4
+    assert results.runs[["arm", "seed"]].values.tolist() == [
+        [arm, seed] for arm in ("relu", "tanh") for seed in (1, 2, 3)
+    ]
+    for arm in results.arms:
+        trials = results.tuning[results.tuning.arm == arm].groupby("learning_rate").loss.median()
+        assert results.best[arm] == {"learning_rate": trials.idxmin()}
+    fleet = TINY(seeds=[2], rates=[results.best["relu"]["learning_rate"]])
+    (x, y), (x_valid, y_valid) = DATA
+    losses = fleet.train(x, y, steps=8)
+    valid = fleet.evaluate(x_valid, y_valid)
+    run = results.runs.query("arm == 'relu' and seed == 2").iloc[0]
+    assert run.loss == pytest.approx(losses[-2:].mean(), rel=1e-5)
+    assert run.val_loss == pytest.approx(valid.loss[0], rel=1e-5)
+    assert run.val_accuracy == pytest.approx(valid.accuracy[0])
+    assert results.histories.query("arm == 'relu' and seed == 2").epoch.tolist() == [1, 2, 3, 4]
+
+
+def test_a_fleet_that_diverges():
+    arms = {"fine": TINY, "lost": TINY}
+    rates = {"fine": [0.1], "lost": [1e9]}
+    results = compare_fleets(arms, DATA, epochs=8, **RATES | {"rates": rates})
+    assert results.summary().diverged.to_dict() == {"fine": 0, "lost": 3}
+    assert np.isinf(results.values("lost")).all()
+    assert results.runs.query("arm == 'lost'").diverged_at.str.startswith("epoch ").all()
+
+
+def test_an_interrupted_comparison_of_fleets_keeps_the_finished_arms():
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
+    with pytest.raises(experiments.Interrupted) as caught:
+        compare_fleets({"a": TINY, "b": interrupted}, DATA, epochs=1, n_jobs=1, **RATES)
+    assert caught.value.results.arms == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tuning_seeds": [3]}, "tuning_seeds must not share"),
+        ({"rates": {"a": [0.1], "b": [0.1, 0.2]}}, "same number of trials"),
+        ({"rates": {"a": [0.1]}}, "must name the arms"),
+        ({"seeds": []}, "seeds must be distinct and at least one"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+    ],
+)
+def test_bad_arguments_of_a_comparison_of_fleets(changes, message):
+    with pytest.raises(ValueError, match=message):
+        compare_fleets({"a": TINY, "b": TINY}, DATA, **{"epochs": 1, **RATES, **changes})

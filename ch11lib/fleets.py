@@ -1,0 +1,341 @@
+"""Train many small dense networks at once: a fleet, in one compiled graph.
+
+A comparison needs many runs, and deep networks take seconds to compile, however small they are.
+Here the weights of layer l of all networks are one array of shape (networks, inputs, units): a
+step of a hundred networks is a few large operations instead of a hundred times as many small ones,
+and one compilation serves all seeds, learning rates and scales of the weights.
+
+The price is generality: dense classifiers and plain gradient descent only. Whatever needs a Keras
+model (other layers, optimizers, callbacks) is for `experiments.compare`;
+`experiments.compare_fleets` makes the same comparison with fleets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import functools
+import itertools
+from typing import NamedTuple
+
+from ch11lib import training
+from ch11lib.backend import tf
+import numpy as np
+from numpy.typing import ArrayLike
+import pandas as pd
+from scipy import special
+
+__all__ = ["Fleet"]
+
+
+class Fleet:
+    """Many small dense classifiers of one architecture, which train side by side in one graph.
+
+    The networks do not influence each other: each has a seed, a learning rate, a scale of its
+    weights and a momentum of its moving statistics, in all combinations of what is given. Networks
+    of the same seed start from the same weights, up to the scale, and see the same batches in the
+    same order, also in another fleet. They learn by plain gradient descent on the cross-entropy.
+
+    Hidden weights are normal with standard deviation ``scale * sqrt(gain / inputs)``; the output
+    layer has gain 1, and no scale. Biases and beta start at 0, gamma at 1. A normalized layer has
+    no other bias than beta.
+
+    Parameters
+    ----------
+    depth, width : int
+        Number of hidden layers, and units of each.
+    seeds, rates, scales, momenta : sequence of numbers
+        See above.
+    activation : str or callable
+        Name of a function of `tf.nn`, or a function of a tensor.
+    gain : float
+        2 for He weights, 1 for LeCun weights.
+    norm : None, "batch" or "layer"
+        Batch normalization and its two kinds of statistics, or layer normalization, or none.
+    after : bool
+        Normalize after the activation instead of before it.
+    group : int, optional
+        In training, take the statistics over groups of so many examples instead of the whole batch,
+        whose size it must divide. So the size of the normalized batch can be changed and that of
+        the training batch kept (Hoffer et al. 2017, arXiv:1705.08741).
+    skip : bool
+        Add the input of each hidden layer but the first to its output, which is multiplied by a
+        learned gate per unit that starts at 0 (De and Smith 2020, arXiv:2002.10444).
+    inputs, classes : int
+    epsilon : float
+        Added to the variance in the normalizations.
+
+    Attributes
+    ----------
+    settings : pandas.DataFrame
+        One row per network: ``scale``, ``rate``, ``momentum``, ``seed``.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).standard_normal((200, 4))
+    >>> y = (x[:, 0] > 0).astype(int)
+    >>> fleet = Fleet(2, 8, seeds=[0, 1], rates=[0.1, 1.0], norm="batch", inputs=4, classes=2)
+    >>> losses = fleet.train(x, y, steps=40, batch_size=20)
+    >>> losses.shape  # (steps, networks)
+    (40, 4)
+    >>> table = fleet.evaluate(x, y)
+    >>> table[["rate", "seed"]].values.tolist()
+    [[0.1, 0.0], [0.1, 1.0], [1.0, 0.0], [1.0, 1.0]]
+    >>> bool((table.accuracy > 0.8).all())
+    True
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        *,
+        seeds: Sequence[int],
+        rates: Sequence[float],
+        scales: Sequence[float] = (1.0,),
+        momenta: Sequence[float] = (0.9,),
+        activation: str | Callable = "relu",
+        gain: float = 2.0,
+        norm: str | None = None,
+        after: bool = False,
+        group: int | None = None,
+        skip: bool = False,
+        inputs: int = 784,
+        classes: int = 10,
+        epsilon: float = 1e-3,
+    ):
+        if norm not in (None, "batch", "layer"):
+            raise ValueError(f"norm must be None, 'batch' or 'layer', received {norm!r}")
+        if not callable(activation if callable(activation) else getattr(tf.nn, activation, None)):
+            raise ValueError(
+                "activation must be a function or the name of one of tf.nn, "
+                f"received {activation!r}"
+            )
+        for name, value in {"depth": depth, "width": width}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, received {value}")
+        settings = {"scale": scales, "rate": rates, "momentum": momenta, "seed": seeds}
+        for name, values in settings.items():
+            if not len(values):
+                raise ValueError(f"each network needs a {name}, received none")
+        grid = itertools.product(*settings.values())
+        self.settings = pd.DataFrame(grid, columns=list(settings))
+        self._kind = _Kind(norm, after, group, activation, epsilon)
+        self._steps = 0
+        starts = {seed: _start(inputs, width, depth, classes, gain, seed) for seed in seeds}
+        starts = [starts[seed] for seed in self.settings.seed]
+        first, hidden, last = (np.stack(w, axis=-3) for w in zip(*starts, strict=True))
+        networks, scale = len(starts), self._each("scale")
+
+        def layers(weights, *shape, gates=False):
+            vector = (*shape, networks, 1, width)
+            layer = {"w": weights * scale, "shift": np.zeros(vector)}
+            layer |= {"gamma": np.ones(vector)} if norm else {}
+            return layer | ({"gate": np.zeros(vector)} if gates else {})
+
+        def tensors(arrays):
+            return tf.nest.map_structure(lambda a: tf.constant(a, tf.float32), arrays)
+
+        self._parameters = tensors(
+            {
+                "first": layers(first),
+                "hidden": layers(hidden, depth - 1, gates=skip),
+                "last": {"w": last, "shift": np.zeros((networks, 1, classes))},
+            }
+        )
+        self._moving = {}
+        if norm == "batch":
+            shapes = {"first": (networks, 1, width), "hidden": (depth - 1, networks, 1, width)}
+            self._moving = tensors({k: (np.zeros(s), np.ones(s)) for k, s in shapes.items()})
+
+    def _each(self, column: str) -> np.ndarray:
+        """Return a setting of every network so that it broadcasts against their weights."""
+        return self.settings[column].to_numpy(np.float32).reshape(-1, 1, 1)
+
+    def train(self, x: ArrayLike, y: ArrayLike, *, steps: int, batch_size: int = 32) -> np.ndarray:
+        """Train all networks for some steps; a later call goes on where this one ended.
+
+        Parameters
+        ----------
+        x : array of shape (n, inputs)
+        y : array of int, shape (n,)
+        steps, batch_size : int
+            In every epoch the ``n // batch_size`` full batches of `training.batch_order` are used.
+
+        Returns
+        -------
+        numpy.ndarray, shape (steps, networks)
+            The loss on every batch, before the step that it led to.
+        """
+        x, y = tf.constant(x, tf.float32), tf.constant(y, tf.int32)
+        per_epoch = len(x) // batch_size
+        if per_epoch < 1 or batch_size % (self._kind.group or 1):
+            raise ValueError(
+                f"batch_size must be at most the number of examples, {len(x)}, and a multiple of "
+                f"group, {self._kind.group}, received {batch_size}"
+            )
+        epochs = range(self._steps // per_epoch, -(-(self._steps + steps) // per_epoch))
+        start = self._steps - epochs.start * per_epoch
+
+        def batches(seed):
+            orders = [training.batch_order(len(x), seed, epoch) for epoch in epochs]
+            rows = np.concatenate([order[: per_epoch * batch_size] for order in orders])
+            return rows.reshape(-1, batch_size)[start : start + steps]
+
+        of_seed = {seed: batches(seed) for seed in set(self.settings.seed)}
+        order = tf.constant(np.stack([of_seed[seed] for seed in self.settings.seed], axis=1))
+        rates, momenta = tf.constant(self._each("rate")), tf.constant(self._each("momentum"))
+        step = _compiled_step(self._kind)
+        losses = []
+        for rows in order:
+            loss, self._parameters, self._moving = step(
+                self._parameters, self._moving, x, y, rows, rates, momenta
+            )
+            losses.append(loss)
+        self._steps += steps
+        return np.stack(losses)
+
+    def outputs(self, x: ArrayLike, *, training: bool = False) -> np.ndarray:
+        """Return the logits of all networks, ``(networks, n, classes)``.
+
+        Parameters
+        ----------
+        x : array of shape (n, inputs)
+        training : bool
+            Whether batch normalization uses the statistics of `x` (in groups, if there is a
+            `group`) instead of its moving ones.
+        """
+        x = tf.constant(x, tf.float32)[None]
+        return _forward(self._kind, self._parameters, self._moving, x, training)[0].numpy()
+
+    def evaluate(self, x: ArrayLike, y: ArrayLike, *, training: bool = False) -> pd.DataFrame:
+        """Return ``loss`` and ``accuracy`` of every network, beside its settings.
+
+        A network whose outputs are no longer finite has an infinite loss and accuracy 0.
+        """
+        outputs, y = self.outputs(x, training=training), np.asarray(y)
+        finite = np.isfinite(outputs).all(axis=(1, 2))
+        log_likelihood = special.log_softmax(np.nan_to_num(outputs), axis=-1)
+        loss = -log_likelihood[:, np.arange(len(y)), y].mean(axis=1)
+        return self.settings.assign(
+            loss=np.where(finite, loss, np.inf),
+            accuracy=np.where(finite, (outputs.argmax(-1) == y).mean(axis=1), 0.0),
+        )
+
+    def error_signals(self, x: ArrayLike, y: ArrayLike) -> np.ndarray:
+        """Return the root mean square of dL/dz of every hidden layer, ``(networks, layers)``.
+
+        In training mode; z is what the activation receives, and L the mean loss over the batch.
+        """
+        x, y = tf.constant(x, tf.float32)[None], tf.constant(y, tf.int32)[None]
+        *depth, networks, _, width = self._parameters["hidden"]["shift"].shape
+        nudges = (
+            tf.zeros((networks, len(x[0]), width)),
+            tf.zeros((*depth, networks, len(x[0]), width)),
+        )
+        parameters = {name: dict(layer) for name, layer in self._parameters.items()}
+        with tf.GradientTape() as tape:
+            tape.watch(nudges)  # something that is added to z has the gradient of z
+            parameters["first"]["nudge"], parameters["hidden"]["nudge"] = nudges
+            logits, _ = _forward(self._kind, parameters, self._moving, x, True)
+            loss = tf.reduce_sum(_cross_entropy(y, logits))
+        first, hidden = tape.gradient(loss, nudges)
+        errors = np.concatenate([first[None], hidden])
+        return np.sqrt(np.mean(errors**2, axis=(2, 3))).T
+
+
+class _Kind(NamedTuple):
+    """What is built into the graph of a fleet."""
+
+    norm: str | None
+    after: bool
+    group: int | None
+    activation: str | Callable
+    epsilon: float
+
+    def layer(self, h, parameters, moving):
+        """Return what a hidden layer makes of h, and the statistics it normalized by, if any."""
+        z, statistics = h @ parameters["w"], ()
+        if self.norm is None:
+            z += parameters["shift"]
+        elif not self.after:
+            z, statistics = self._normalized(z, parameters, moving)
+        f = self.activation if callable(self.activation) else getattr(tf.nn, self.activation)
+        out = f(z + parameters.get("nudge", 0.0))
+        if self.norm is not None and self.after:
+            out, statistics = self._normalized(out, parameters, moving)
+        return (h + parameters["gate"] * out if "gate" in parameters else out), statistics
+
+    def _normalized(self, z, parameters, moving):
+        shape, axis = tf.shape(z), 1 if self.norm == "batch" else 2
+        if not moving and self.norm == "batch" and self.group:
+            z, axis = tf.reshape(z, (shape[0], -1, self.group, z.shape[2])), 2
+        mean = moving[0] if moving else tf.reduce_mean(z, axis, keepdims=True)
+        z -= mean
+        variance = moving[1] if moving else tf.reduce_mean(z * z, axis, keepdims=True)
+        z = tf.reshape(z * tf.math.rsqrt(variance + self.epsilon), shape)
+        statistics = ()
+        if self.norm == "batch":
+            by_group = len(mean.shape) == 4
+            statistics = tuple(tf.reduce_mean(s, 1) if by_group else s for s in (mean, variance))
+        return z * parameters["gamma"] + parameters["shift"], statistics
+
+
+def _start(inputs, width, depth, classes, gain, seed):
+    """Return the initial weights of one network: first layer, other hidden layers, output layer."""
+    shapes = (inputs, width), (depth - 1, width, width), (width, classes)
+    rng = np.random.default_rng(seed)
+    first, hidden, last = (rng.standard_normal(shape) / np.sqrt(shape[-2]) for shape in shapes)
+    return np.sqrt(gain) * first, np.sqrt(gain) * hidden, last
+
+
+def _cross_entropy(y, logits):
+    """Return the mean over the batch, per network."""
+    y = tf.broadcast_to(y, tf.shape(logits)[:2])
+    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits), axis=1)
+
+
+def _forward(kind, parameters, moving, x, training):
+    """Return the logits and the batch statistics of all layers."""
+    used = {"first": (), "hidden": ()} if training or not moving else moving
+    h, first = kind.layer(x, parameters["first"], used["first"])
+    depth = parameters["hidden"]["w"].shape[0]
+    seen = tuple(tf.TensorArray(tf.float32, depth, element_shape=s.shape) for s in first)
+
+    def layer(i, h, seen):
+        own, own_moving = tf.nest.map_structure(
+            lambda v: v[i], (parameters["hidden"], used["hidden"])
+        )
+        h, statistics = kind.layer(h, own, own_moving)
+        return i + 1, h, tuple(a.write(i, s) for a, s in zip(seen, statistics, strict=True))
+
+    if depth:  # XLA cannot take a slice of nothing, not even never
+        _, h, seen = tf.while_loop(
+            lambda i, *_: i < depth, layer, (0, h, seen), maximum_iterations=depth
+        )
+    logits = h @ parameters["last"]["w"] + parameters["last"]["shift"]
+    if not moving:
+        return logits, {}
+    hidden = tuple(array.stack() for array in seen) if depth else moving["hidden"]
+    return logits, {"first": first, "hidden": hidden}
+
+
+@functools.lru_cache(maxsize=64)  # as many as `training` keeps
+def _compiled_step(kind):
+    """Return a training step of fleets of one kind.
+
+    XLA compiles the loop over the layers once, however many there are.
+    """
+
+    @functools.partial(tf.function, autograph=False, jit_compile=True)
+    def step(parameters, moving, x, y, rows, rates, momenta):
+        with tf.GradientTape() as tape:
+            tape.watch(parameters)
+            logits, seen = _forward(kind, parameters, moving, tf.gather(x, rows), True)
+            loss = _cross_entropy(tf.gather(y, rows), logits)
+        # No network's loss depends on another; with depth 1 nothing depends on "hidden".
+        slopes = tape.gradient(loss, parameters, unconnected_gradients="zero")
+        parameters = tf.nest.map_structure(lambda v, g: v - rates * g, parameters, slopes)
+        moving = tf.nest.map_structure(lambda m, s: momenta * m + (1 - momenta) * s, moving, seen)
+        return loss, parameters, moving
+
+    return step

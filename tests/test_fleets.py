@@ -1,0 +1,174 @@
+"""Fleets against Keras models with the same weights, and against the definitions in `signals`."""
+
+from ch11lib import signals, training
+from ch11lib.backend import keras, tf
+from ch11lib.fleets import Fleet
+import numpy as np
+import pytest
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((96, 12)).astype("float32")
+Y = (X[:, :3].argmax(axis=1)).astype("int32")
+SMALL = {"inputs": 12, "classes": 3, "rates": [0.1]}
+KINDS = {
+    "plain": {},
+    "tanh": {"activation": "tanh", "gain": 1.0},
+    "own activation": {"activation": lambda z: tf.maximum(0.1 * z, z)},
+    "batch norm": {"norm": "batch"},
+    "batch norm after": {"norm": "batch", "after": True},
+    "layer norm": {"norm": "layer"},
+    "skip": {"skip": True},
+    "skip and batch norm": {"skip": True, "norm": "batch"},
+}
+
+
+@keras.saving.register_keras_serializable("tests")
+class Gate(keras.layers.Layer):
+    """Multiplies each unit by a learned number that starts at 0."""
+
+    def build(self, shape):
+        self.gate = self.add_weight(shape=(shape[-1],), initializer="zeros")
+
+    def call(self, h):
+        return self.gate * h
+
+
+def keras_twin(
+    seed, depth=4, width=6, activation="relu", gain=2.0, norm=None, after=False, skip=False
+):
+    """Return the Keras model that a network of a fleet must equal."""
+    rng = np.random.default_rng(seed)
+    shapes = [(12, width), (depth - 1, width, width), (width, 3)]
+    draws = [rng.standard_normal(shape) / np.sqrt(shape[-2]) for shape in shapes]
+    hidden = [gain**0.5 * w for w in (draws[0], *draws[1])]
+    make = {"batch": keras.layers.BatchNormalization, "layer": keras.layers.LayerNormalization}
+    options = {"epsilon": 1e-3} | ({"momentum": 0.9} if norm == "batch" else {})
+    h = inputs = keras.Input((12,))
+    for i, w in enumerate(hidden):
+        before = h
+        dense = keras.layers.Dense(width, use_bias=norm is None)
+        parts = [keras.layers.Activation(activation)]
+        if norm:
+            parts.insert(1 if after else 0, make[norm](**options))
+        for layer in (dense, *parts):
+            h = layer(h)
+        dense.kernel.assign(w)
+        if skip and i > 0:
+            h = before + Gate()(h)
+    output = keras.layers.Dense(3)
+    model = keras.Model(inputs, output(h))
+    output.kernel.assign(draws[2])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss, metrics=["accuracy"])
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_network_trains_like_its_keras_model(kind):
+    fleet = Fleet(4, 6, seeds=[3, 8], **SMALL, **kind)
+    losses = fleet.train(X, Y, steps=12, batch_size=16)
+    found = fleet.evaluate(X, Y)
+    options = {k: tf.nn.tanh if v == "tanh" else v for k, v in kind.items()}
+    for i, seed in enumerate([3, 8]):
+        twin = keras_twin(seed, **options)
+        order = np.concatenate([training.batch_order(96, seed, e) for e in range(2)])
+        expected = []
+        for rows in order.reshape(12, 16):
+            with tf.GradientTape() as tape:
+                loss = twin.loss(Y[rows], twin(X[rows], training=True))
+            gradients = tape.gradient(loss, twin.trainable_variables)
+            twin.optimizer.apply(gradients, twin.trainable_variables)
+            expected.append(float(loss))
+        np.testing.assert_allclose(losses[:, i], expected, rtol=2e-5, atol=1e-6)
+        loss, accuracy = twin.evaluate(X, Y, verbose=0)
+        assert found.loss[i] == pytest.approx(loss, rel=1e-4)
+        assert found.accuracy[i] == pytest.approx(accuracy, abs=1e-6)
+        outputs = fleet.outputs(X)[i]
+        np.testing.assert_allclose(outputs, twin.predict(X, verbose=0), rtol=1e-3, atol=1e-4)
+
+
+def test_networks_do_not_influence_each_other():
+    many = Fleet(
+        3, 5, seeds=[1, 2], scales=[0.5, 1.0], norm="batch", **SMALL | {"rates": [0.1, 50]}
+    )
+    many.train(X, Y, steps=8, batch_size=16)
+    alone = Fleet(3, 5, seeds=[2], scales=[0.5], norm="batch", **SMALL)
+    alone.train(X, Y, steps=8, batch_size=16)
+    which = many.settings.query("seed == 2 and scale == 0.5 and rate == 0.1").index[0]
+    np.testing.assert_allclose(many.outputs(X)[which], alone.outputs(X)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on_where_it_ended():
+    at_once, in_parts = (Fleet(2, 5, seeds=[4], norm="batch", **SMALL) for _ in range(2))
+    losses = at_once.train(X, Y, steps=15, batch_size=20)
+    parts = [in_parts.train(X, Y, steps=n, batch_size=20) for n in (1, 6, 8)]
+    np.testing.assert_array_equal(losses, np.concatenate(parts))
+    assert losses.shape == (15, 1)
+
+
+def test_statistics_over_groups():
+    fleet = Fleet(1, 5, seeds=[0], norm="batch", group=8, **SMALL)
+    whole = Fleet(1, 5, seeds=[0], norm="batch", **SMALL)
+    parts = [whole.outputs(X[i : i + 8], training=True) for i in range(0, 96, 8)]
+    np.testing.assert_allclose(fleet.outputs(X, training=True), np.concatenate(parts, 1), rtol=1e-4)
+    # Averaged over the groups, the means are those of the whole batch; the variances are less.
+    for each in (fleet, whole):
+        each.train(X[:16], Y[:16], steps=1, batch_size=16)
+    np.testing.assert_allclose(fleet._moving["first"][0], whole._moving["first"][0], atol=1e-6)
+    assert np.all(fleet._moving["first"][1] < whole._moving["first"][1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_error_signals_are_those_of_the_definition(scale):
+    fleet = Fleet(5, 6, seeds=[7, 9], scales=[scale], **SMALL)
+    weights = fleet._parameters
+    for i, found in enumerate(fleet.error_signals(X, Y)):
+        hidden = [weights["first"]["w"][i], *weights["hidden"]["w"][:, i], weights["last"]["w"][i]]
+        model = keras.Sequential([keras.Input((12,))])
+        for w in hidden[:-1]:
+            model.add(keras.layers.Dense(w.shape[1], "relu"))
+        model.add(keras.layers.Dense(3))
+        model.set_weights([a for w in hidden for a in (w, np.zeros(w.shape[1]))])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1), loss)
+        layers = signals.probe(model, X, Y).layers[:-1]
+        expected = [layer.dz.rms for layer in layers]
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_layers_start_with_the_announced_scale():
+    fleet = Fleet(3, 200, seeds=[0], scales=[1.0, 2.0], gain=2.0, **SMALL)
+    stds = fleet._parameters["hidden"]["w"].numpy().std(axis=(0, 2, 3))
+    np.testing.assert_allclose(stds, [0.1, 0.2], rtol=0.02)
+    last = fleet._parameters["last"]["w"].numpy()
+    np.testing.assert_array_equal(last[0], last[1])
+
+
+def test_a_network_that_diverged_counts_as_the_worst():
+    fleet = Fleet(3, 20, seeds=[0], **SMALL | {"rates": [0.1, 1e6]})
+    fleet.train(X, Y, steps=20)
+    fine, lost = fleet.evaluate(X, Y).itertuples()
+    assert np.isfinite(fine.loss)
+    assert fine.accuracy > 0.5
+    assert (lost.loss, lost.accuracy) == (np.inf, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "group"}, "norm must be"),
+        ({"activation": "reluu"}, "activation must be"),
+        ({"depth": 0}, "depth must be at least 1, received 0"),
+        ({"seeds": []}, "each network needs a seed"),
+    ],
+)
+def test_bad_arguments(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Fleet(**{"depth": 2, "width": 3, "seeds": [0], **SMALL, **changes})
+
+
+def test_bad_batch_sizes():
+    fleet = Fleet(1, 3, seeds=[0], norm="batch", group=3, **SMALL)
+    for batch_size in (97, 16):
+        with pytest.raises(ValueError, match=f"batch_size must be .* received {batch_size}"):
+            fleet.train(X, Y, steps=1, batch_size=batch_size)
