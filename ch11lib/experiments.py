@@ -505,8 +505,9 @@ class _Trial(NamedTuple):
     seed: int
 
 
-#: Building a model uses global state (the seed, the counters of layer names).
-_build_lock = threading.Lock()
+#: Building a model uses global state (the seed, the counters of layer names); what measures one may
+#: set and restore such state, as `signals.probe` does.
+_global_state_lock = threading.Lock()
 
 
 def _run(i, build, point, seed, protocol, x, y, x_valid, y_valid) -> tuple[int, dict]:
@@ -514,7 +515,7 @@ def _run(i, build, point, seed, protocol, x, y, x_valid, y_valid) -> tuple[int, 
 
     The arrays are arguments of their own so that joblib can share them between processes.
     """
-    with _build_lock, _seeded(seed):
+    with _global_state_lock, _seeded(seed):
         model = build(seed, **point)
     n = len(keras.tree.flatten(x)[0])
     steps = -(-n // protocol.batch_size) * protocol.epochs * protocol.runs_per_arm
@@ -541,7 +542,9 @@ def _run(i, build, point, seed, protocol, x, y, x_valid, y_valid) -> tuple[int, 
     if run["diverged_at"] is None:
         run.update({name: values[-1] for name, values in history.history.items()})
         if protocol.measure is not None:
-            run.update(_measured(protocol.measure(model), {*run, *_Trial._fields, *point}))
+            with _global_state_lock:
+                values = protocol.measure(model)
+            run.update(_measured(values, {*run, *_Trial._fields, *point}))
     return i, run
 
 
@@ -604,7 +607,7 @@ def _runs_at_a_time(n_jobs):
 
 def _key(build, trial, digest) -> str:
     """Identify a run by all that determines it: data, protocol, configuration, initial state."""
-    with _build_lock, _seeded(trial.seed):
+    with _global_state_lock, _seeded(trial.seed):
         model = build(trial.seed, **trial.point)
     digest = digest.copy()
     digest.update(json.dumps([trial.arm, trial.seed]).encode())

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import functools
 import math
 import random
+import threading
 from typing import NamedTuple
 
 from ch11lib.backend import keras, tf
@@ -357,12 +358,16 @@ def _state_variables(model: keras.Model) -> list:
     return list({id(variable): variable for variable in variables}.values())
 
 
+_one_at_a_time = threading.RLock()
+
+
 @contextlib.contextmanager
 def _untouched(model: keras.Model) -> Iterator[None]:
     """Undo whatever happens to the model and to the random state inside the ``with`` block."""
     parts = [getattr(model, "optimizer", None), getattr(model, "_compile_loss", None)]
     objects = [model, *_layers(model), *(part for part in parts if part is not None)]
     with (
+        _one_at_a_time,  # two threads would restore what the other one had set
         _global_state_kept(),
         _variables_kept(_state_variables(model)),
         _attributes_kept(objects),

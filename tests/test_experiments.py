@@ -3,6 +3,7 @@
 from functools import partial
 import json
 import pickle
+import time
 from types import SimpleNamespace
 
 from ch11lib import experiments, training
@@ -423,6 +424,28 @@ def test_memory_is_released_between_runs():
     compare({"a": arm}, DATA, seeds=range(5), epochs=1, n_jobs=1)
     gc.collect()
     assert sum(reference() is not None for reference in alive) == 0
+
+
+def test_no_model_is_built_while_another_is_measured():
+    inside, overlaps = [], []
+
+    def slowly(what, seed):
+        overlaps.append([other for other, _ in inside if "measure" in (what, other)])
+        inside.append((what, seed))
+        time.sleep(0.02)
+        inside.remove((what, seed))
+
+    def build(seed):
+        slowly("build", seed)
+        return SMALL(seed)
+
+    def measure(model):
+        slowly("measure", id(model))
+        return {"one": 1}
+
+    compare({"a": build}, DATA, seeds=range(6), epochs=1, measure=measure, n_jobs=4)
+    assert len(overlaps) == 12
+    assert not any(overlaps)
 
 
 # --- fleets ---------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """ch11lib.signals against GradientTape, Keras's own training step, finite differences and NumPy."""
 
+from concurrent.futures import ThreadPoolExecutor
 import itertools
 import random
 
@@ -869,3 +870,15 @@ def test_signals_without_correlation_are_refused():
         signals.autocorrelation(np.ones((5, 1)))
     with pytest.raises(ValueError, match="spacing must be positive"):
         signals.half_correlation_lag(np.arange(5.0), 0.0)
+
+
+def test_probes_in_several_threads_leave_the_global_state_as_it_was():
+    models = [dense_model("relu", depth=2 + i) for i in range(4)]
+    x, y = np.ones((8, 6), "float32"), np.zeros(8, "int32")
+    state = random.getstate()
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            list(threads.map(lambda model: signals.dead_units(model, x), models))
+            list(threads.map(lambda model: signals.probe(model, x, y), models))
+    assert not tf.config.functions_run_eagerly()
+    assert random.getstate() == state
