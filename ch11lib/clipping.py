@@ -100,12 +100,8 @@ def _check_threshold(name: str, value: float) -> None:
 
 
 def _norm(array: np.ndarray) -> float:
-    """Return the Euclidean norm, without overflow or underflow of the squares."""
-    array = array.astype(np.float64)
-    largest = np.abs(array).max(initial=0.0)
-    if largest == 0 or not np.isfinite(largest):
-        return float(largest)
-    return float(largest * np.linalg.norm(array / largest))
+    """Return the Euclidean norm. In float64, where squares of float32 do not overflow."""
+    return float(np.linalg.norm(array.astype(np.float64)))
 
 
 def _rescaled(array: np.ndarray, norm: float, limit: float) -> np.ndarray:
@@ -276,11 +272,10 @@ def angle(a: Gradients, b: Gradients) -> float:
     units = []
     for gradients in (first, second):
         vector = np.concatenate([g.astype(np.float64).ravel() for g in gradients if g is not None])
-        size = np.abs(vector).max(initial=0.0)
-        if size == 0 or not np.isfinite(size):
+        norm = np.linalg.norm(vector)
+        if norm == 0 or not np.isfinite(norm):
             return math.nan
-        vector /= size  # so that no square can overflow
-        units.append(vector / np.linalg.norm(vector))
+        units.append(vector / norm)
     u, v = units
     return math.degrees(2 * math.atan2(np.linalg.norm(u - v), np.linalg.norm(u + v)))
 
@@ -337,13 +332,12 @@ def adaptive_clip(
 # ------------------------------------------------------------------ how large are the gradients?
 
 
-def gradient_norms(
-    model: keras.Model, x: Any, y: Any, *, batch_size: int = 32, training: bool = True
-) -> np.ndarray:
+def gradient_norms(model: keras.Model, x: Any, y: Any, *, batch_size: int = 32) -> np.ndarray:
     """Measure the global norm of the gradient on each batch, at the weights as they are.
 
-    Nothing is trained, and the model stays as it is: its weights, moving averages, metrics and
-    seeds are put back afterwards. For the norms along a training run see `record_norms`.
+    Layers such as dropout and batch normalization work as in training. But nothing is trained, and
+    the model stays as it is: its weights, moving averages, metrics and seeds are put back
+    afterwards. For the norms along a training run see `record_norms`.
 
     Parameters
     ----------
@@ -353,8 +347,6 @@ def gradient_norms(
         Data, taken in their order.
     batch_size : int
         The norm depends on it: the mean gradient of a larger batch has less noise in it.
-    training : bool
-        Whether layers such as dropout and batch normalization work as in training.
 
     Returns
     -------
@@ -392,8 +384,8 @@ def gradient_norms(
     @functools.partial(tf.function, autograph=False, reduce_retracing=True)
     def norm(batch_x, batch_y):
         with tf.GradientTape() as tape:
-            y_pred = model(batch_x, training=training)
-            loss = model.compute_loss(x=batch_x, y=batch_y, y_pred=y_pred, training=training)
+            y_pred = model(batch_x, training=True)
+            loss = model.compute_loss(x=batch_x, y=batch_y, y_pred=y_pred, training=True)
         return tf.norm(_norms(tape.gradient(loss, [v.value for v in variables])))
 
     def batch(part, start):
@@ -521,12 +513,9 @@ def record_norms(optimizer: keras.optimizers.Optimizer, steps: int) -> keras.opt
 
     Notes
     -----
-    It works in `model.fit` and, at full speed, in the compiled epochs of `training.fit`. The norms
-    are computed in float64 and stored in float32, four bytes for each variable and step.
-
-    Unlike with a plain optimizer, `training.fit` traces its graph anew for every model, which takes
-    some tenths of a second. To save these over many seeds, give one compiled model new weights, and
-    put back the values of ``optimizer.variables``, instead of building a new model each time.
+    It works in `model.fit` and, at full speed, in the compiled epochs of `training.fit`, which are
+    shared by all models of one architecture that record equally many steps. The norms are computed
+    in float64 and stored in float32, four bytes for each variable and step.
 
     Models that are cloned or loaded from a file have a plain optimizer in its initial state.
 

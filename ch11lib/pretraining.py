@@ -4,7 +4,7 @@ Three ways to make a task out of images alone, or out of images with few labels:
 
 * an *autoencoder* puts out what came in, ``||d(e(x)) - x||² -> min``, through a narrow code e(x);
 * *pairs*: the same encoder looks at two images, ``p(same) = sigmoid(w · |e(a) - e(b)| + c)``, and
-  learns whether they belong together: to one class, or to one image seen twice;
+  learns whether they belong together, such as to one class;
 * *self-supervised labels*: how far an image was turned, or what stood where it was covered.
 
 Whatever learns here is an ordinary Keras model, the *encoder*; the models built around it hold this
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ch11lib.backend import keras
 import numpy as np
@@ -28,7 +28,6 @@ __all__ = [
     "masked_patches",
     "rotations",
     "same_class_pairs",
-    "same_image_pairs",
     "twins",
 ]
 
@@ -217,65 +216,6 @@ def same_class_pairs(
     return x[np.stack([order[first], order[second]], axis=1)], same
 
 
-def same_image_pairs(
-    x: np.ndarray, n: int, seed: int, *, shift: int = 3
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw pairs without any labels: half of them show one image twice, half two images.
-
-    Every image of a pair is shifted by a random number of pixels, its border pixels filling the
-    gap; two views of one image are never shifted alike, so they always differ unless the image
-    is so plain that shifting does not change it.
-
-    Parameters
-    ----------
-    x : array of shape (images, height, width) or (images, height, width, channels)
-        Two images at least.
-    n : int
-        Number of pairs.
-    seed : int
-    shift : int
-        Largest shift, in pixels, in each direction along both axes.
-
-    Returns
-    -------
-    pairs : numpy.ndarray, shape (n, 2, height, width, ...)
-    same : numpy.ndarray, shape (n,), int32
-        1 for views of one image, 0 for two images; both equally often, up to one.
-
-    Examples
-    --------
-    >>> x = np.random.default_rng(0).random((5, 8, 8))
-    >>> pairs, same = same_image_pairs(x, 6, seed=0, shift=2)
-    >>> pairs.shape, sorted(same.tolist())
-    ((6, 2, 8, 8), [0, 0, 0, 1, 1, 1])
-    """
-    x, n, shift = _images(x), _count("n", n, 1), _count("shift", shift, 1)
-    if len(x) < 2:
-        raise ValueError(f"x must hold two images at least, received {len(x)}")
-    rng = np.random.default_rng(seed)
-    same = _half(n, rng)
-    first = rng.integers(len(x), size=n)
-    second = np.where(same, first, (first + rng.integers(1, len(x), size=n)) % len(x))
-    # A shift is one of (2 shift + 1)² cells; the second cell of a pair is another one than the
-    # first, also for different images, so that equal shifts say nothing about the answer.
-    side = 2 * shift + 1
-    cell = rng.integers(side**2, size=n)
-    other = (cell + rng.integers(1, side**2, size=n)) % side**2
-    views = [
-        _shifted(x[i], c // side - shift, c % side - shift)
-        for i, c in ((first, cell), (second, other))
-    ]
-    return np.stack(views, axis=1), same
-
-
-def _shifted(x, down, right):
-    """Shift each image by a number of pixels of its own, repeating the pixels at the border."""
-    height, width = x.shape[1:3]
-    rows = np.clip(np.arange(height) - down[:, None], 0, height - 1)
-    columns = np.clip(np.arange(width) - right[:, None], 0, width - 1)
-    return x[np.arange(len(x))[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
 def _half(n, rng):
     """Return zeros and ones, equally many up to one, in random order."""
     return rng.permutation(n).astype(np.int32) % 2
@@ -284,13 +224,7 @@ def _half(n, rng):
 # ------------------------------------------------------------------------------------------ models
 
 
-def autoencoder(
-    encoder: keras.Model,
-    decoder: keras.Model | None = None,
-    *,
-    activation: Any = "relu",
-    kernel_initializer: Any = "he_normal",
-) -> keras.Model:
+def autoencoder(encoder: keras.Model, decoder: keras.Layer | None = None) -> keras.Model:
     """Put a decoder on an encoder, so that the whole can learn to put out its own input.
 
     Train it on ``(x, x)``, or on ``(masked.x, x)``.
@@ -302,9 +236,8 @@ def autoencoder(
     decoder : keras.Model or layer, optional
         Turns codes into inputs again. By default the encoder's dense layers in reverse: for
         784-100-50 dense layers 50-100-784, then the shape of the input. The last one is linear, so
-        that any range of values can be reached, such as that of standardized images.
-    activation, kernel_initializer
-        Of the hidden layers of the default decoder.
+        that any range of values can be reached, such as that of standardized images; the others
+        are ReLU with He weights.
 
     Returns
     -------
@@ -334,7 +267,7 @@ def autoencoder(
     """
     inputs, code = _encoded(encoder)
     if decoder is None:
-        decoder = _mirrored(encoder, activation, kernel_initializer)
+        decoder = _mirrored(encoder)
     elif not isinstance(decoder, keras.Layer):
         raise TypeError(f"decoder must be a model or layer, received {type(decoder).__name__}")
     try:
@@ -355,7 +288,7 @@ def twins(encoder: keras.Model) -> keras.Model:
     """Let one encoder look at two inputs, and say whether they belong together.
 
     ``logit(same) = w · |e(a) - e(b)| + c``: which order the two have does not matter. Train it on
-    what `same_class_pairs` or `same_image_pairs` return, with binary cross-entropy from logits.
+    what `same_class_pairs` returns, with binary cross-entropy from logits.
 
     Parameters
     ----------
@@ -408,7 +341,7 @@ def _encoded(encoder):
     return inputs, encoder(inputs)
 
 
-def _mirrored(encoder, activation, kernel_initializer):
+def _mirrored(encoder):
     layers = [layer for layer in encoder.layers if layer.weights]
     dense = [layer for layer in layers if isinstance(layer, keras.layers.Dense)]
     others = [
@@ -425,7 +358,7 @@ def _mirrored(encoder, activation, kernel_initializer):
     if None in shape:
         raise ValueError(f"encoder must have a fixed input shape, received {(None, *shape)}")
     hidden = [
-        keras.layers.Dense(layer.units, activation, kernel_initializer=kernel_initializer)
+        keras.layers.Dense(layer.units, "relu", kernel_initializer="he_normal")
         for layer in dense[-2::-1]
     ]
     back = [keras.layers.Dense(math.prod(shape))]

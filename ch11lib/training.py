@@ -1015,8 +1015,10 @@ def _custom_code(model) -> tuple[tuple, bool]:
     for part in [*layers, *_optimizers(model), *leaves]:
         if not _is_keras(part):
             code.append(part if isinstance(part, FunctionType) else type(part))
-            # A layer's configuration is complete; that of other custom objects need not be.
-            shareable &= isinstance(part, (FunctionType, keras.Layer))
+            # A layer's configuration is complete; that of other custom objects need not be,
+            # unless they say so.
+            complete = getattr(part, "programs_can_be_shared", False)
+            shareable &= complete or isinstance(part, (FunctionType, keras.Layer))
         for name, value in getattr(part, "__dict__", {}).items():
             if name in ("build", "quantize", "_losses") or name.endswith("_initializer"):
                 continue  # these two methods are wrapped by Keras in each layer
@@ -1082,6 +1084,9 @@ class _Describer:
         return self.names.setdefault(item, f"#{len(self.names)}") if isinstance(item, str) else item
 
     def _note_custom(self, part):
-        if part.get("registered_name") is not None:
-            name = part["config"] if part.get("class_name") == "function" else part["class_name"]
-            self.complete &= name in self.known
+        if part.get("registered_name") is None:
+            return
+        if part.get("class_name") == "function":
+            self.complete &= part["config"] in self.known
+        elif not str(part.get("module")).startswith("keras."):  # else Keras's, though not exported
+            self.complete &= part["class_name"] in self.known

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+import functools
 import math
 import operator
 from typing import Any, NamedTuple
@@ -272,9 +273,17 @@ def features(model: keras.Model, n: int | str, x: Any, *, batch_size: int = 256)
     >>> features(model, 1, np.ones((5, 3))).shape
     (5, 4)
     """
-    if any(len(part) == 0 for part in keras.tree.flatten(x)):
+    n_examples = len(keras.tree.flatten(x)[0])
+    if not n_examples:
         raise ValueError("x must hold one example at least, received none")
-    return reuse_layers(model, n, []).predict(x, batch_size=batch_size, verbose=0)
+    bottom = reuse_layers(model, n, [])  # called as it is: `predict` would compile it every time
+
+    def batch(start):
+        rows = slice(start, start + batch_size)
+        return keras.tree.map_structure(lambda part: np.asarray(part)[rows], x)
+
+    parts = [bottom(batch(i), training=False) for i in range(0, n_examples, batch_size)]
+    return np.concatenate([keras.ops.convert_to_numpy(part) for part in parts])
 
 
 def distance(model_a: keras.Model, model_b: keras.Model) -> pd.Series:
@@ -504,6 +513,52 @@ def _count(name, value, low, high, what=""):
 # ---------------------------------------------------------------------------------- learning rates
 
 
+#: Attributes of optimizers that hold a weight decay.
+_DECAYS = ("weight_decay", "adam_weight_decay")
+
+
+@functools.cache
+def _with_factors(kind):
+    """Derive an optimizer class that multiplies its learning rate by a factor of each variable."""
+
+    class WithFactors(kind):
+        # Keras's optimizers are described by their configuration; others need not be.
+        programs_can_be_shared = kind.__module__.startswith("keras.")
+
+        def build(self, variables, factors):
+            super().build(variables)
+            # A variable, so that compiled programs take the factors as an argument.
+            self.factors = self.add_variable(
+                (len(factors),),
+                lambda shape, dtype: keras.ops.array(factors, dtype),
+                name="factors",
+            )
+
+        def _factor(self, variable):
+            return self.factors[self._get_variable_index(variable)]
+
+        def update_step(self, gradient, variable, learning_rate):
+            super().update_step(gradient, variable, learning_rate * self._factor(variable))
+
+        def _apply_weight_decay(self, variables):
+            # One variable at a time; the decay is a rate times a number, so scale the number.
+            numbers = {name: getattr(self, name, None) for name in _DECAYS}
+            numbers = {name: number for name, number in numbers.items() if number is not None}
+            try:
+                for variable in variables:
+                    for name, number in numbers.items():
+                        setattr(self, name, number * self._factor(variable))
+                    super()._apply_weight_decay([variable])
+            finally:
+                for name, number in numbers.items():
+                    setattr(self, name, number)
+
+        def without_factors(self):
+            return kind.from_config(self.get_config())
+
+    return WithFactors
+
+
 @keras.saving.register_keras_serializable(package="ch11lib")
 class LayerRates(keras.optimizers.Optimizer):
     """Any Keras optimizer with learning rates that differ between layers.
@@ -552,6 +607,9 @@ class LayerRates(keras.optimizers.Optimizer):
     0.001
     """
 
+    #: The configuration says all that is built into a graph, see `ch11lib.training`.
+    programs_can_be_shared = True
+
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer,
@@ -577,34 +635,7 @@ class LayerRates(keras.optimizers.Optimizer):
                     f"rates[{layer!r}] must be a finite factor, 0 or more, received {factor!r}"
                 )
         self.rates = {layer: float(factor) for layer, factor in rates.items()}
-        self.inner_optimizer = type(optimizer).from_config(optimizer.get_config())
-        self._scale_updates(self.inner_optimizer)
-
-    def _scale_updates(self, inner):
-        """Make an optimizer multiply its learning rate by the factor of each variable."""
-        update_step, apply_weight_decay = inner.update_step, inner._apply_weight_decay
-        decays = [name for name in ("weight_decay", "adam_weight_decay") if hasattr(inner, name)]
-
-        def scaled_update_step(gradient, variable, learning_rate):
-            return update_step(gradient, variable, learning_rate * self._factor(variable))
-
-        def scaled_weight_decay(variables):
-            # One variable at a time; the decay is a rate times a number, so scale the number.
-            numbers = {name: getattr(inner, name) for name in decays}
-            try:
-                for variable in variables:
-                    for name, number in numbers.items():
-                        scaled = None if number is None else number * self._factor(variable)
-                        setattr(inner, name, scaled)
-                    apply_weight_decay([variable])
-            finally:
-                for name, number in numbers.items():
-                    setattr(inner, name, number)
-
-        inner.update_step, inner._apply_weight_decay = scaled_update_step, scaled_weight_decay
-
-    def _factor(self, variable):
-        return self._factors[self.inner_optimizer._get_variable_index(variable)]
+        self.inner_optimizer = _with_factors(type(optimizer)).from_config(optimizer.get_config())
 
     def build(self, variables):
         """Find the factor of each variable, and create the optimizer's own variables."""
@@ -619,11 +650,11 @@ class LayerRates(keras.optimizers.Optimizer):
                 f"received {sorted(unknown)}"
             )
         # The innermost layer decides, then the model around it.
-        self._factors = [
+        factors = [
             next((self.rates[name] for name in reversed(part) if name in self.rates), 1.0)
             for part in parts
         ]
-        self.inner_optimizer.build(variables)
+        self.inner_optimizer.build(variables, factors)
         self.built = True
 
     def apply(self, grads, trainable_variables=None):
@@ -661,7 +692,7 @@ class LayerRates(keras.optimizers.Optimizer):
 
     def get_config(self):
         """Return the arguments that rebuild the optimizer."""
-        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
+        inner = keras.saving.serialize_keras_object(self.inner_optimizer.without_factors())
         return {"optimizer": inner, "rates": dict(self.rates), "name": self.name}
 
     @classmethod

@@ -85,12 +85,6 @@ def test_squares_beyond_float32_overflow_in_keras_only():
     assert through_keras([above], clipnorm=1.0)[0] == 0
 
 
-def test_squares_beyond_float64():
-    for size in (1e200, 1e-200, 5e-324):
-        assert clipping.global_norm([np.array([3 * size]), np.array([4 * size])]) == 5 * size
-        assert clipping.angle([size, 0], [size, size]) == pytest.approx(45)
-
-
 def test_the_example():
     assert clipping.clip_by_value(EXAMPLE, 1.0).tolist() == [0.9, 1.0]
     np.testing.assert_allclose(clipping.clip_by_norm(EXAMPLE, 1.0), [0.00899964, 0.9999595], 1e-6)
@@ -98,6 +92,14 @@ def test_the_example():
     after = clipping.clip_by_value(EXAMPLE, 1.0)
     assert clipping.angle(EXAMPLE, after) == pytest.approx(turned, rel=1e-12)
     assert clipping.angle(EXAMPLE, clipping.clip_by_norm(EXAMPLE, 1.0)) < 1e-12
+
+
+@pytest.mark.parametrize("size", [0.95, 1.0, 1.05])
+def test_a_gradient_near_the_limit(size):
+    g = size * np.array([0.6, 0.8])
+    expected = g if size <= 1 else [0.6, 0.8]
+    np.testing.assert_allclose(clipping.clip_by_norm(g, 1.0), expected, rtol=1e-15)
+    np.testing.assert_allclose(clipping.clip_by_global_norm([g], 1.0), [expected], rtol=1e-15)
 
 
 def test_per_variable_and_global_norm_on_two_variables():
@@ -274,9 +276,6 @@ def test_gradient_norms_by_hand_and_without_a_trace():
         for i in range(0, 100, 32)
     ]
     np.testing.assert_allclose(norms, theirs, rtol=1e-5)
-    calm = clipping.gradient_norms(model, x, y, batch_size=100, training=False)
-    assert calm.shape == (1,)
-    assert abs(calm - norms.mean()) > 1e-3
 
 
 def test_gradient_norms_of_a_model_with_two_outputs_and_fresh_sums():
@@ -408,6 +407,17 @@ def test_a_full_record_keeps_the_last_steps():
     np.testing.assert_allclose(
         short.optimizer.variable_norms, long.optimizer.variable_norms[-5:], rtol=1e-6
     )
+
+
+def test_models_of_one_architecture_share_what_was_traced():
+    training.clear_programs()
+    for steps, seed in ((50, 0), (50, 1), (60, 0)):
+        model = network(clipping.record_norms(keras.optimizers.SGD(0.1), steps))
+        training.fit(model, *data(), epochs=1, seed=seed)
+        assert len(model.optimizer.gradient_norms) == 4
+    plain = network(keras.optimizers.SGD(0.1))
+    training.fit(plain, *data(), epochs=1, seed=0)
+    assert len(training._shared_programs) == 3  # 50 steps, 60 steps, and no record at all
 
 
 def test_percentile_and_fraction_of_clipped_steps():

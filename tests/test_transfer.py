@@ -251,6 +251,14 @@ def test_state_that_is_not_trained_is_copied(x):
     assert np.abs(new.get_layer("norm").moving_mean).max() > 0.01
 
 
+def test_features_come_from_inference_mode(x):
+    model = with_everything()
+    cut = keras.Model(model.inputs[0], model.layers[4].output)
+    expected = cut(x, training=False)
+    assert np.abs(cut(x, training=True) - expected).max() > 0.1  # dropout, batch statistics
+    np.testing.assert_array_equal(transfer.features(model, 5, x), cut(x, training=False))
+
+
 def test_counting():
     model = with_everything()
     for n in range(7):
@@ -593,6 +601,35 @@ def test_layer_rates_in_the_training_engine(jit, x, y):
     ]
     for a, b in zip(*both, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_models_with_layer_rates_share_a_program_but_not_the_factors(x, y):
+    """Programs know layers by their position: equal rates can mean other factors there."""
+    training.clear_programs()
+    for names in (("still", "fast"), ("fast", "still"), ("still", "fast")):
+        hidden = [layers.Dense(6, "tanh", name=name) for name in names]
+        model = keras.Sequential([keras.Input((6,)), *hidden, layers.Dense(2, name="output")])
+        start = transfer.reuse_layers(model, 3, [])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(transfer.LayerRates(keras.optimizers.SGD(0.1), {"still": 0.0}), loss)
+        training.fit(model, x, y, epochs=1)
+        moved = transfer.distance(start, model)
+        assert moved["still"] == 0
+        assert moved["fast"] > 1e-3
+        assert len(training._shared_programs) == 1
+
+
+class OwnSGD(keras.optimizers.SGD):
+    """An optimizer whose configuration need not say all that it does."""
+
+
+def test_a_program_with_an_optimizer_that_is_not_keras_s_own_is_not_shared(x, y):
+    training.clear_programs()
+    model = dense_net()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(transfer.LayerRates(OwnSGD(0.1), {"output": 0.5}), loss)
+    assert training.fit(model, x, y, epochs=1).history.keys() == {"loss"}
+    assert not training._shared_programs
 
 
 @saves

@@ -1,7 +1,7 @@
 """Every widget of every notebook: all controls work, change the picture, and answer quickly.
 
-A widget cell must run with nothing but the notebook's imports before it, so that it can be tested
-here without a kernel, and read by itself.
+A widget cell must run with nothing before it but the notebook's imports and the functions that it
+names, so that it can be tested here without a kernel, and read by itself.
 """
 
 import ast
@@ -16,31 +16,33 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 def widget_cells():
     for path in sorted(FOLDER.glob("*.ipynb")):
         cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
-        imports = "\n".join(
-            ast.unparse(node)
-            for source in cells
-            for node in ast.parse(source).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
-        )
+        nodes = [node for source in cells for node in ast.parse(source).body]
         for i, source in enumerate(s for s in cells if "widgets.explore(" in s):
-            yield pytest.param(imports, source, id=f"{path.stem}-{i}")
+            names = {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
+            before = [
+                ast.unparse(node)
+                for node in nodes
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                or (isinstance(node, ast.FunctionDef) and node.name in names)
+            ]
+            yield pytest.param("\n".join(before), source, id=f"{path.stem}-{i}")
 
 
-def made_by(imports, source):
+def made_by(before, source):
     """Run a widget cell and return its `Explorer`, which the cell only displays."""
     tree = ast.parse(source)
     last = tree.body[-1]
     assert isinstance(last, ast.Expr), "a widget is the last expression of its cell"
     tree.body[-1] = ast.Assign([ast.Name("explorer", ast.Store())], last.value)
     space = {}
-    exec(imports, space)
+    exec(before, space)
     exec(compile(ast.fix_missing_locations(tree), "widget cell", "exec"), space)
     return space["explorer"]
 
 
-@pytest.mark.parametrize(("imports", "source"), list(widget_cells()))
-def test_widget(imports, source, caplog):
-    explorer = made_by(imports, source)
+@pytest.mark.parametrize(("before", "source"), list(widget_cells()))
+def test_widget(before, source, caplog):
+    explorer = made_by(before, source)
     moves = explorer.exercise()
     assert explorer.errors == []
     assert caplog.records == []
