@@ -336,14 +336,16 @@ def compare_fleets(
     >>> results.best
     {'relu': {'learning_rate': 0.1}, 'tanh': {'learning_rate': 0.1}}
     """
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, received {epochs}")
+    tuning_epochs = epochs if tuning_epochs is None else tuning_epochs
+    for name, value in {"epochs": epochs, "tuning_epochs": tuning_epochs}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, received {value}")
     grids = _grids(arms, _rates_of(rates))
     seeds, tuning_seeds = _distinct(seeds, "seeds"), _distinct(tuning_seeds, "tuning_seeds")
     if set(seeds) & set(tuning_seeds):
         raise ValueError("tuning_seeds must not share a seed with seeds")
     split = _split(data)
-    trials = _FleetRuns(split, tuning_seeds, tuning_epochs or epochs, batch_size)
+    trials = _FleetRuns(split, tuning_seeds, tuning_epochs, batch_size)
     runs = _FleetRuns(split, seeds, epochs, batch_size)
     jobs = (joblib.delayed(_tuned_fleet)(arm, arms[arm], grids[arm], trials, runs) for arm in arms)
     parallel = joblib.Parallel(_runs_at_a_time(n_jobs), prefer="threads", return_as="generator")

@@ -166,6 +166,8 @@ class Fleet:
         numpy.ndarray, shape (steps, networks)
             The loss on every batch, before the step that it led to.
         """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, received {steps}")
         x, y = tf.constant(x, tf.float32), tf.constant(y, tf.int32)
         per_epoch = len(x) // batch_size
         if per_epoch < 1 or batch_size % (self._kind.group or 1):

@@ -506,6 +506,7 @@ def test_an_interrupted_comparison_of_fleets_keeps_the_finished_arms():
         ({"rates": {"a": [0.1]}}, "must name the arms"),
         ({"seeds": []}, "seeds must be distinct and at least one"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"tuning_epochs": 0}, "tuning_epochs must be at least 1"),
     ],
 )
 def test_bad_arguments_of_a_comparison_of_fleets(changes, message):

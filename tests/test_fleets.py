@@ -172,3 +172,5 @@ def test_bad_batch_sizes():
     for batch_size in (97, 16):
         with pytest.raises(ValueError, match=f"batch_size must be .* received {batch_size}"):
             fleet.train(X, Y, steps=1, batch_size=batch_size)
+    with pytest.raises(ValueError, match="steps must be at least 1, received 0"):
+        fleet.train(X, Y, steps=0)
