@@ -283,8 +283,8 @@ def test_threads_give_the_results_of_one_at_a_time():
     pd.testing.assert_frame_equal(deterministic(alone), deterministic(threads))
 
 
-# TensorFlow's import looks like a memory leak to loky, which then replaces the worker, with a warning
-# in a thread of its own: as an error it would end that thread, and the test would wait for ever.
+# TensorFlow's import looks like a memory leak to loky, which then replaces the worker, and warns in
+# a thread of its own: as an error that would end the thread, and the test would wait for ever.
 @pytest.mark.filterwarnings("default:A worker stopped while some jobs:UserWarning")
 def test_processes_and_dask_give_the_same_results():
     from dask.distributed import Client, LocalCluster
