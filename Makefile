@@ -17,10 +17,10 @@ NBVAL := -q -o addopts= --nbval --nbval-current-env \
 NOTEBOOKS := $(shell find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: help run test lab refresh clean
+.PHONY: help run test lab refresh assignments clean
 
 help:  ## say what there is (this list)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Another Python: make PYTHON=python3.12 run. Some notebooks: make run ARGS=notebooks/01*"
 
 run: $(VENV)/.installed  ## execute the notebooks, write pages to read under build/
@@ -39,6 +39,10 @@ lab: $(VENV)/.installed-lab  ## open the series in JupyterLab
 
 refresh: $(VENV)/.installed  ## execute the notebooks and store their outputs in them
 	$(PY) -m ch11lib refresh $(ARGS)
+
+assignments: $(VENV)/.installed-course  ## make what is handed out (release) from the sources
+	cd notebooks/assignments && for name in $$(ls source); do \
+		../../$(PY) -m nbgrader generate_assignment $$name --force --no-db || exit 1; done
 
 clean:  ## delete all that these commands made: .venv, build/, caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

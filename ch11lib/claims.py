@@ -80,7 +80,8 @@ class Claim:
     topic : str
         One of `TOPICS`.
     notebook : str
-        Two-digit number of the notebook that checks the claim.
+        Number of the notebook that checks the claim: two digits, and a letter for a part
+        (``"08"``, ``"08b"``).
     sources : tuple of str
         Who says it: a selection of `SOURCES`.
     statement : str
@@ -169,8 +170,11 @@ def _claim(table: object) -> Claim:
         raise ValueError(f"sources must be a non-empty list from {SOURCES}, found {sources!r}")
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", table["id"]):
         raise ValueError(f"id must be lower-case words joined by hyphens, found {table['id']!r}")
-    if not re.fullmatch(r"\d\d", table["notebook"]):
-        raise ValueError(f"notebook must be two digits such as '01', found {table['notebook']!r}")
+    if not re.fullmatch(r"\d\d[a-z]?", table["notebook"]):
+        raise ValueError(
+            "notebook must be two digits such as '01', or these and a letter, "
+            f"found {table['notebook']!r}"
+        )
     if not table["statement"].strip():
         raise ValueError("statement must not be empty")
     if (table["verdict"] == "true") != (not table["correction"].strip()):
@@ -541,7 +545,7 @@ def summary(notebook: str) -> None:
     Parameters
     ----------
     notebook : str
-        Two-digit number, for example ``"01"``.
+        Its number, for example ``"01"`` or ``"08b"``.
 
     Raises
     ------

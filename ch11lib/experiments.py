@@ -20,6 +20,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import numbers
 import os
 from pathlib import Path
@@ -174,6 +175,7 @@ def compare(
     seeds: Sequence[int],
     epochs: int,
     batch_size: int = 32,
+    validation_freq: int = 1,
     tune: Mapping[str, Any] | None = None,
     tuning_seeds: Sequence[int] | None = None,
     metric: str = "val_accuracy",
@@ -197,6 +199,9 @@ def compare(
         One run of every arm for each; a seed fixes initial weights and batch order.
     epochs, batch_size : int
         The same for all runs.
+    validation_freq : int
+        Validate after every so many epochs, and after the last. Where there is little to train on,
+        validation after every epoch takes most of the time.
     tune : mapping, optional
         Hyperparameter to the values to try (a grid, if there are several), for example
         ``{"learning_rate": [0.01, 0.03, 0.1]}``; or name of the arm to such a mapping, if arms have
@@ -240,8 +245,9 @@ def compare(
     [['8 units', 0], ['8 units', 1], ['8 units', 2]]
     """
     _check_callables(measure=measure, callbacks=callbacks)
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, received {epochs}")
+    for name, value in {"epochs": epochs, "validation_freq": validation_freq}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, received {value}")
     grids = _grids(arms, tune)
     seeds = _distinct(seeds, "seeds")
     if tuning_seeds is None:
@@ -258,9 +264,10 @@ def compare(
         measure=measure,
         callbacks=callbacks,
         runs_per_arm=trials_per_arm + len(seeds),
+        validated=(*range(validation_freq, epochs, validation_freq), epochs),
     )
     # A trial is judged by its end; callbacks may want to see the validation after every epoch.
-    trial = replace(protocol, validation_freq=1 if callbacks else epochs)
+    trial = replace(protocol, validated=protocol.validated if callbacks else (epochs,))
     store = _Store(resume)
     results = Results(metric)
     try:
@@ -486,12 +493,12 @@ class _Protocol:
     measure: Callable | None
     callbacks: Callable | None
     runs_per_arm: int
-    validation_freq: int = 1
+    validated: tuple[int, ...]  # epochs after which there is a validation
 
     def digest(self, splits):
         """Hash the data and what of the protocol shapes a run."""
         code = [training.fingerprint(f) for f in (self.measure, self.callbacks) if f is not None]
-        shape = (self.epochs, self.batch_size, self.validation_freq, code)
+        shape = (self.epochs, self.batch_size, self.validated, code)
         digest = hashlib.blake2b(repr(shape).encode(), digest_size=16)
         for array in map(np.asarray, keras.tree.flatten(splits)):
             digest.update(f"{array.dtype} {array.shape}".encode())
@@ -531,7 +538,7 @@ def _run(i, build, point, seed, protocol, x, y, x_valid, y_valid) -> tuple[int, 
             epochs=protocol.epochs,
             batch_size=protocol.batch_size,
             validation_data=(x_valid, y_valid),
-            validation_freq=protocol.validation_freq,
+            validation_freq=protocol.validated,
             callbacks=protocol.callbacks() if protocol.callbacks else (),
             seed=seed,
             jit_compile=training.xla_pays(model, steps),  # the runs of an arm share one graph
@@ -540,7 +547,12 @@ def _run(i, build, point, seed, protocol, x, y, x_valid, y_valid) -> tuple[int, 
         history = error.history
         run["diverged_at"] = f"epoch {error.epoch + 1}, step {error.step + 1}"
     run["seconds"] = time.perf_counter() - start
-    run["history"] = history.history
+    run["history"] = {
+        name: _at(protocol.validated, values, len(history.epoch))
+        if name.startswith("val_")
+        else values
+        for name, values in history.history.items()
+    }
     if run["diverged_at"] is None:
         run.update({name: values[-1] for name, values in history.history.items()})
         if protocol.measure is not None:
@@ -548,6 +560,12 @@ def _run(i, build, point, seed, protocol, x, y, x_valid, y_valid) -> tuple[int, 
                 values = protocol.measure(model)
             run.update(_measured(values, {*run, *_Trial._fields, *point}))
     return i, run
+
+
+def _at(due, values, epochs):
+    """Return `values`, which were taken after the epochs that were `due`, as one per epoch."""
+    known = dict(zip(due, values, strict=False))
+    return [known.get(epoch + 1, math.nan) for epoch in range(epochs)]
 
 
 def _measured(values, taken):

@@ -12,7 +12,7 @@ model (other layers, optimizers, callbacks) is for `experiments.compare`;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import itertools
 from typing import NamedTuple
@@ -151,13 +151,77 @@ class Fleet:
         """Return a setting of every network so that it broadcasts against their weights."""
         return self.settings[column].to_numpy(np.float32).reshape(-1, 1, 1)
 
-    def train(self, x: ArrayLike, y: ArrayLike, *, steps: int, batch_size: int = 32) -> np.ndarray:
+    def start_from(self, weights: Mapping[int, Sequence[np.ndarray]]) -> None:
+        """Let networks start from given weights, such as those of a pretrained Keras model.
+
+        Call it before `train`. Rates, seeds and batches stay as they are.
+
+        Parameters
+        ----------
+        weights : mapping of int to list of arrays
+            Seed to kernel and bias of every dense layer from the bottom, as ``get_weights()``
+            returns them: of all hidden layers, with or without the output layer. Without it, the
+            output layer stays as it was drawn.
+
+        Raises
+        ------
+        ValueError
+            If the fleet has normalization or gates, a seed is missing or a shape is wrong.
+
+        Examples
+        --------
+        >>> fleet = Fleet(1, 2, seeds=[0], rates=[0.1], inputs=2, classes=2)
+        >>> fleet.start_from({0: [np.eye(2), np.zeros(2), np.ones((2, 2)), np.zeros(2)]})
+        >>> fleet.outputs([[3.0, -1.0]]).tolist()
+        [[[3.0, 3.0]]]
+        """
+        parts = self._parameters
+        if "gamma" in parts["first"] or "gate" in parts["hidden"]:
+            raise ValueError("start_from must be used with plain layers: no norm, no skip")
+        hidden = len(parts["hidden"]["w"]) + 1
+        shapes = [parts["first"]["w"].shape[-2:]]
+        shapes += [parts["hidden"]["w"].shape[-2:]] * (hidden - 1) + [parts["last"]["w"].shape[-2:]]
+        expected = [shape for a, b in shapes for shape in ((a, b), (b,))]
+        networks = []
+        for seed in self.settings.seed:
+            if seed not in weights:
+                raise ValueError(f"weights must have every seed of the fleet, {seed} is missing")
+            arrays = [np.asarray(w, np.float32) for w in weights[seed]]
+            found = [w.shape for w in arrays]
+            if found not in (expected, expected[:-2]):
+                raise ValueError(
+                    f"weights must have shapes {expected}, the last two if wanted; "
+                    f"received {found} for seed {seed}"
+                )
+            networks.append(arrays)
+        kernels, biases = (
+            [np.stack(w) for w in zip(*layers, strict=True)]
+            for layers in ([n[i::2] for n in networks] for i in (0, 1))
+        )
+        biases = [b[:, None] for b in biases]
+        for name, layer in {"first": slice(1), "hidden": slice(1, hidden)}.items():
+            for key, arrays in {"w": kernels[layer], "shift": biases[layer]}.items():
+                stacked = arrays[0] if name == "first" else np.stack(arrays) if arrays else None
+                if stacked is not None:
+                    parts[name][key] = tf.constant(stacked)
+        if len(kernels) > hidden:
+            parts["last"] = {"w": tf.constant(kernels[-1]), "shift": tf.constant(biases[-1])}
+
+    def train(
+        self,
+        x: ArrayLike | Mapping[int, ArrayLike],
+        y: ArrayLike | Mapping[int, ArrayLike],
+        *,
+        steps: int,
+        batch_size: int = 32,
+    ) -> np.ndarray:
         """Train all networks for some steps; a later call goes on where this one ended.
 
         Parameters
         ----------
-        x : array of shape (n, inputs)
-        y : array of int, shape (n,)
+        x : array of shape (n, inputs), or mapping of seed to such an array
+            The data of all networks; or of each seed, equally many.
+        y : array of int, shape (n,), or mapping of seed to such an array
         steps, batch_size : int
             In every epoch the ``n // batch_size`` full batches of `training.batch_order` are used.
 
@@ -168,20 +232,20 @@ class Fleet:
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, received {steps}")
-        x, y = tf.constant(x, tf.float32), tf.constant(y, tf.int32)
-        per_epoch = len(x) // batch_size
+        x, y, n, offset = self._joined(x, y)
+        per_epoch = n // batch_size
         if per_epoch < 1 or batch_size % (self._kind.group or 1):
             raise ValueError(
-                f"batch_size must be at most the number of examples, {len(x)}, and a multiple of "
+                f"batch_size must be at most the number of examples, {n}, and a multiple of "
                 f"group, {self._kind.group}, received {batch_size}"
             )
         epochs = range(self._steps // per_epoch, -(-(self._steps + steps) // per_epoch))
         start = self._steps - epochs.start * per_epoch
 
         def batches(seed):
-            orders = [training.batch_order(len(x), seed, epoch) for epoch in epochs]
+            orders = [training.batch_order(n, seed, epoch) for epoch in epochs]
             rows = np.concatenate([order[: per_epoch * batch_size] for order in orders])
-            return rows.reshape(-1, batch_size)[start : start + steps]
+            return rows.reshape(-1, batch_size)[start : start + steps] + offset.get(seed, 0)
 
         of_seed = {seed: batches(seed) for seed in set(self.settings.seed)}
         order = tf.constant(np.stack([of_seed[seed] for seed in self.settings.seed], axis=1))
@@ -195,6 +259,27 @@ class Fleet:
             losses.append(loss)
         self._steps += steps
         return np.stack(losses)
+
+    def _joined(self, x, y):
+        """Return all data as tensors, the number of examples, and where each seed's own begin."""
+        offset = {}
+        if isinstance(x, Mapping) or isinstance(y, Mapping):
+            seeds = list(dict.fromkeys(self.settings.seed))
+            if not (isinstance(x, Mapping) and isinstance(y, Mapping)):
+                raise ValueError("x and y must both be arrays or both mappings of seeds to arrays")
+            if missing := [seed for seed in seeds if seed not in x or seed not in y]:
+                raise ValueError(
+                    f"x and y must have every seed of the fleet, {missing} are missing"
+                )
+            sizes = {len(part[seed]) for part in (x, y) for seed in seeds}
+            if len(sizes) > 1:
+                raise ValueError(f"x and y must have equally many examples, received {sizes}")
+            offset = {seed: i * len(x[seed]) for i, seed in enumerate(seeds)}
+            n = len(x[seeds[0]])
+            x, y = (np.concatenate([part[seed] for seed in seeds]) for part in (x, y))
+        else:
+            n = len(x)
+        return tf.constant(x, tf.float32), tf.constant(y, tf.int32), n, offset
 
     def outputs(self, x: ArrayLike, *, training: bool = False) -> np.ndarray:
         """Return the logits of all networks, ``(networks, n, classes)``.

@@ -37,12 +37,14 @@ __all__ = [
     "Run",
     "Tuning",
     "convergence_factor",
+    "follow",
     "hessian_vector_product",
     "momentum_matrix",
     "optimal_tuning",
     "run",
     "sharpness",
     "spectral_radius",
+    "step_gap",
     "top_eigenvalue",
 ]
 
@@ -66,7 +68,8 @@ class Optimizer:
     ----------
     learning_rate : float or callable
         A callable receives the number of steps done so far (0 before the first) and returns the
-        rate; a Keras schedule is one.
+        rate; a Keras schedule is one. It may return an array that broadcasts against the
+        parameters: if their rows are independent problems, each has a rate of its own.
     weight_decay : float, optional
         Decoupled weight decay, which does not enter the gradient; Loshchilov, Hutter (2019),
         arXiv:1711.05101.
@@ -185,7 +188,8 @@ class Optimizer:
 
     def _step(self, thetas, grads):
         rate = self.learning_rate
-        eta = float(rate(self.iterations) if callable(rate) else rate)
+        eta = rate(self.iterations) if callable(rate) else rate
+        eta = eta if np.ndim(eta) else float(eta)  # a number leaves single precision single
         if not self.state:
             self._shapes = [theta.shape for theta in thetas]
             self.state = [SimpleNamespace(**self._start(np.zeros_like(p))) for p in thetas]
@@ -215,7 +219,7 @@ class Optimizer:
         return {}
 
     def _update(
-        self, theta: np.ndarray, g: np.ndarray, s: SimpleNamespace, eta: float, t: int
+        self, theta: np.ndarray, g: np.ndarray, s: SimpleNamespace, eta: float | np.ndarray, t: int
     ) -> np.ndarray:
         """Return the new parameters of one array; the state `s` may be changed by assignment."""
         raise NotImplementedError(f"{type(self).__name__} must define _update")
@@ -628,6 +632,81 @@ class Lion(Optimizer):
         direction = np.sign(self.beta_1 * s.m + (1 - self.beta_1) * g)
         s.m = self.beta_2 * s.m + (1 - self.beta_2) * g
         return theta - eta * direction
+
+
+# ---------------------------------------------------------------------------- along given gradients
+
+
+def follow(optimizer: Any, gradients: ArrayLike, start: ArrayLike | None = None, **options: Any):
+    """Return the points that an optimizer visits when its gradients are given.
+
+    So optimizers of any kind can be compared step by step, in float64.
+
+    Parameters
+    ----------
+    optimizer : Optimizer, keras.optimizers.Optimizer, tf.compat.v1.train.Optimizer or callable
+        A new one: it keeps what it remembers. A callable is a rule,
+        ``rule(theta, g, s, t, **options) -> new theta``, which keeps its memory in the dict `s`,
+        empty at first; t counts from 1.
+    gradients : array of shape (steps, ...)
+    start : array of shape (...), optional
+        Default: ones.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (steps + 1, ...), the first of the points the start.
+
+    Examples
+    --------
+    >>> follow(SGD(0.1, momentum=0.5), [1.0, 1.0], start=0.0)
+    array([ 0.  , -0.1 , -0.25])
+    >>> follow(keras.optimizers.SGD(0.1, momentum=0.5), [1.0, 1.0], start=0.0).round(6)
+    array([ 0.  , -0.1 , -0.25])
+    >>> follow(lambda theta, g, s, t, eta: theta - eta * g / t, [1.0, 1.0], start=0.0, eta=0.1)
+    array([ 0.  , -0.1 , -0.15])
+    """
+    gradients = np.asarray(gradients, dtype=np.float64)
+    theta = np.ones(gradients.shape[1:]) if start is None else np.asarray(start, dtype=np.float64)
+    path, memory = [theta], {}
+    if isinstance(optimizer, keras.optimizers.Optimizer | tf.compat.v1.train.Optimizer):
+        return _follow_tensorflow(optimizer, gradients, theta)
+    for t, g in enumerate(gradients, start=1):
+        if isinstance(optimizer, Optimizer):
+            theta = optimizer.step(theta, g)
+        else:
+            theta = optimizer(theta, g, memory, t, **options)
+        path.append(theta)
+    return np.array(path)
+
+
+def _follow_tensorflow(optimizer, gradients, theta):
+    is_keras, path = isinstance(optimizer, keras.optimizers.Optimizer), [theta]
+    variable = keras.Variable(theta, dtype="float64") if is_keras else tf.Variable(theta)
+    for g in gradients:
+        optimizer.apply_gradients([(tf.constant(g), variable)])
+        path.append(variable.numpy())
+    return np.array(path)
+
+
+def step_gap(one: ArrayLike, other: ArrayLike) -> float:
+    """Return the largest difference between the steps of two paths.
+
+    It is relative to the longest step of each parameter in the second path, so that long paths and
+    large parameters do not hide a difference.
+
+    Parameters
+    ----------
+    one, other : array of shape (steps + 1, ...)
+        Points, such as `follow` returns.
+
+    Examples
+    --------
+    >>> round(step_gap([0.0, 1.0, 2.0], [0.0, 1.0, 2.1]), 3)
+    0.091
+    """
+    a, b = np.diff(one, axis=0), np.diff(other, axis=0)
+    return float(np.max(np.abs(a - b) / np.abs(b).max(axis=0)))
 
 
 # ------------------------------------------------------------------------------------ on a surface

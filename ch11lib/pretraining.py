@@ -10,7 +10,8 @@ Three ways to make a task out of images alone, or out of images with few labels:
 Whatever learns here is an ordinary Keras model, the *encoder*; the models built around it hold this
 very object, so training them trains it. It then goes where labels are few, with a new head.
 
-The functions that make data are NumPy, and a function of their arguments only.
+`examples` makes the data of each of these `TASKS`, `learner` the model that trains on them. What
+makes data is NumPy, and a function of its arguments only.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from ch11lib.backend import keras
 import numpy as np
 
 __all__ = [
+    "TASKS",
     "Masked",
     "autoencoder",
+    "examples",
+    "filters",
+    "learner",
     "masked_patches",
     "rotations",
     "same_class_pairs",
@@ -366,6 +371,164 @@ def _mirrored(encoder):
         back.append(keras.layers.Reshape(shape))
     code = keras.Input(encoder.outputs[0].shape[1:])
     return keras.Sequential([code, *hidden, *back], name="decoder")
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+TASKS = ("autoencoder", "masked", "rotation", "pairs")
+
+
+def examples(
+    task: str,
+    x: np.ndarray,
+    seed: int,
+    y: np.ndarray | None = None,
+    *,
+    fraction: float = 0.5,
+    patch: int = 7,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Make the data of a pretraining task: what the network sees, and the right answers.
+
+    Parameters
+    ----------
+    task : str
+        One of `TASKS`: the image itself; the whole image behind covered patches; the number of
+        quarter turns; whether two images belong together.
+    x : array of shape (n, height, width) or (n, height, width, channels)
+        Images.
+    seed : int
+        Decides what is covered, turned or paired.
+    y : array of shape (n,), optional
+        What "pairs" have in common or not; no other task looks at it.
+    fraction, patch : float, int
+        For "masked", see `masked_patches`.
+
+    Returns
+    -------
+    inputs, targets : numpy.ndarray
+        n of each; for "pairs" the inputs have shape (n, 2, height, width).
+
+    Raises
+    ------
+    ValueError
+        For an unknown task, "pairs" without y, or what the function for the task refuses.
+
+    Examples
+    --------
+    >>> x = np.arange(32.0).reshape(2, 4, 4)
+    >>> inputs, targets = examples("masked", x, seed=0, patch=2)
+    >>> bool(((inputs == targets) | (inputs == 0)).all())
+    True
+    """
+    _known(task)
+    x = _images(x)
+    if task == "autoencoder":
+        return x, x
+    if task == "masked":
+        return masked_patches(x, fraction, seed, patch=patch).x, x
+    if task == "rotation":
+        return rotations(x, seed)
+    if y is None:
+        raise ValueError("y must be given for the task 'pairs': it says what belongs together")
+    return same_class_pairs(x, y, len(x), seed)
+
+
+def learner(
+    task: str, encoder: keras.Model, optimizer: str | keras.optimizers.Optimizer = "adam"
+) -> keras.Model:
+    """Build the model that learns a task, around an encoder, and compile it.
+
+    Parameters
+    ----------
+    task : str
+        One of `TASKS`. The first two get `autoencoder` and the squared error, "rotation" a dense
+        layer with four logits and cross-entropy, "pairs" `twins` and binary cross-entropy; the
+        last two report the metric ``accuracy``.
+    encoder : keras.Model
+        Built, with one input and one output. The same object becomes part of the result: after
+        training, use it.
+    optimizer : str or keras.optimizers.Optimizer
+
+    Returns
+    -------
+    keras.Model
+        For `examples` of this task.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an unknown task, or as for `autoencoder` and `twins`.
+
+    Examples
+    --------
+    >>> encoder = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "relu")])
+    >>> model = learner("rotation", encoder)
+    >>> model.output_shape, model.layers[0] is encoder
+    ((None, 4), True)
+    """
+    _known(task)
+    if task in ("autoencoder", "masked"):
+        model, loss, metrics = autoencoder(encoder), "mse", []
+    elif task == "rotation":
+        _, code = _encoded(encoder)
+        flat = [keras.layers.Flatten()] if len(code.shape) > 2 else []
+        model = keras.Sequential([encoder, *flat, keras.layers.Dense(4, name="turns")])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        metrics = ["accuracy"]
+    else:
+        model, loss = twins(encoder), keras.losses.BinaryCrossentropy(from_logits=True)
+        metrics = [keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)]
+    model.compile(optimizer, loss, metrics=metrics)
+    return model
+
+
+def _known(task):
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, received {task!r}")
+
+
+def filters(model: keras.Model, layer: str, shape: tuple[int, int] | None = None) -> np.ndarray:
+    """Return the weights that lead to each unit of a dense layer as images.
+
+    Parameters
+    ----------
+    model : keras.Model
+    layer : str
+        Name of a dense layer that sees flattened images.
+    shape : tuple of int, optional
+        Height and width of the images; by default they are square.
+
+    Returns
+    -------
+    numpy.ndarray, shape (units, height, width)
+
+    Raises
+    ------
+    ValueError
+        If the model has no dense layer of that name, or its inputs do not make such an image.
+
+    Examples
+    --------
+    >>> dense = keras.layers.Dense(5, name="hidden_1")
+    >>> model = keras.Sequential([keras.Input((6, 6)), keras.layers.Flatten(), dense])
+    >>> filters(model, "hidden_1").shape
+    (5, 6, 6)
+    """
+    dense = [each.name for each in model.layers if isinstance(each, keras.layers.Dense)]
+    if layer not in dense:
+        raise ValueError(
+            f"layer must be a dense layer of model {model.name!r}, one of {dense}, "
+            f"received {layer!r}"
+        )
+    kernel = model.get_layer(layer).get_weights()[0]
+    side = math.isqrt(len(kernel))
+    height, width = shape or (side, side)
+    if height * width != len(kernel):
+        raise ValueError(
+            f"shape must have {len(kernel)} pixels, as many as layer {layer!r} has inputs, "
+            f"received {(height, width)}"
+        )
+    return kernel.T.reshape(-1, height, width)
 
 
 # --- arguments ------------------------------------------------------------------------------------

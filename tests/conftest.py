@@ -50,3 +50,12 @@ class IgnoreStderr:
 def pytest_configure(config):
     if os.environ.get("CH11_IGNORE_STDERR") == "1":
         config.pluginmanager.register(IgnoreStderr(), "ch11-ignore-stderr")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests noted by `record_property("summary", text)`, whichever process ran them."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    for report in reports:
+        for name, text in report.user_properties if report.when == "call" else ():
+            if name == "summary":
+                terminalreporter.write_line(text)

@@ -79,6 +79,18 @@ def test_a_run_equals_training_the_model_by_hand():
     assert results.histories.epoch.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("freq", "due"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
+def test_validation_after_some_epochs_only(freq, due):
+    every, some = (
+        compare({"a": SMALL}, DATA, seeds=[5, 6], epochs=5, validation_freq=f) for f in (1, freq)
+    )
+    expected = every.histories.copy()
+    expected.loc[~expected.epoch.isin(due), ["val_loss", "val_accuracy"]] = np.nan
+    pd.testing.assert_frame_equal(some.histories, expected)
+    columns = ["seed", "loss", "val_loss", "val_accuracy"]
+    pd.testing.assert_frame_equal(some.runs[columns], every.runs[columns])
+
+
 def some_rows(seed):
     rows = np.random.default_rng(seed).permutation(96)
     return (X[rows[:20]], Y[rows[:20]]), (X[rows[20:]], Y[rows[20:]])

@@ -174,3 +174,52 @@ def test_bad_batch_sizes():
             fleet.train(X, Y, steps=1, batch_size=batch_size)
     with pytest.raises(ValueError, match="steps must be at least 1, received 0"):
         fleet.train(X, Y, steps=0)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all layers", "hidden layers"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_fleets_start_from_the_weights_of_keras_models(depth, whole):
+    fleet = Fleet(depth, 6, seeds=[3, 8], **SMALL | {"rates": [0.1, 0.2]})
+    heads = fleet._parameters["last"]["w"].numpy()
+    twins = {seed: keras_twin(seed + 50, depth=depth) for seed in (3, 8)}
+    for twin in twins.values():
+        twin.set_weights([w + 0.1 for w in twin.get_weights()])
+    end = None if whole else -2
+    fleet.start_from({seed: twin.get_weights()[:end] for seed, twin in twins.items()})
+    for i, seed in enumerate(fleet.settings.seed):
+        twin = twins[seed]
+        if not whole:
+            twin.layers[-1].set_weights([heads[i], np.zeros(3)])
+        expected = twin.predict(X, verbose=0)
+        np.testing.assert_allclose(fleet.outputs(X)[i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_seed_can_have_data_of_its_own():
+    own = {1: (X[:32], Y[:32]), 2: (X[40:72], Y[40:72])}
+    x, y = ({seed: part[i] for seed, part in own.items()} for i in (0, 1))
+    both = Fleet(2, 5, seeds=[1, 2], **SMALL)
+    losses = [both.train(x, y, steps=n, batch_size=16) for n in (3, 2)]  # goes on within an epoch
+    for i, seed in enumerate(own):
+        alone = Fleet(2, 5, seeds=[seed], **SMALL)
+        expected = alone.train(*own[seed], steps=5, batch_size=16)
+        np.testing.assert_allclose(np.concatenate(losses)[:, i], expected[:, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda f: f.start_from({1: []}), "every seed of the fleet, 0 is missing"),
+        (lambda f: f.start_from({0: [np.ones((12, 5))]}), r"received \[\(12, 5\)\] for seed 0"),
+        (lambda f: f.train({0: X}, Y, steps=1), "both be arrays or both mappings"),
+        (lambda f: f.train({1: X}, {0: Y}, steps=1), r"every seed of the fleet, \[0\]"),
+        (lambda f: f.train({0: X}, {0: Y[:9]}, steps=1), "equally many examples"),
+    ],
+)
+def test_wrong_weights_and_data(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(Fleet(2, 5, seeds=[0], **SMALL))
+
+
+def test_start_from_is_for_plain_layers():
+    with pytest.raises(ValueError, match="no norm, no skip"):
+        Fleet(2, 5, seeds=[0], norm="batch", **SMALL).start_from({})

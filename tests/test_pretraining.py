@@ -353,3 +353,91 @@ def test_encoders_that_cannot_be_mirrored():
     free = keras.Sequential([keras.Input((None, 3)), layers.Dense(2)])
     with pytest.raises(ValueError, match=r"fixed input shape, received \(None, None, 3\)"):
         pretraining.autoencoder(free)
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+
+def test_examples_are_those_of_each_task(x):
+    y = np.arange(50) % 3
+    expected = {
+        "autoencoder": (x, x),
+        "masked": (pretraining.masked_patches(x, 0.25, 5, patch=4).x, x),
+        "rotation": pretraining.rotations(x, 5),
+        "pairs": pretraining.same_class_pairs(x, y, 50, 5),
+    }
+    assert tuple(expected) == pretraining.TASKS
+    for task, arrays in expected.items():
+        made = pretraining.examples(task, x, 5, y, fraction=0.25, patch=4)
+        for a, b in zip(made, arrays, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("make", [dense_encoder, conv_encoder])
+@pytest.mark.parametrize("task", pretraining.TASKS)
+def test_learners_fit_their_examples(make, task, x):
+    if task in ("autoencoder", "masked") and make is conv_encoder:
+        pytest.skip("needs a decoder of its own")
+    encoder = make()
+    before = encoder.get_weights()[0]
+    model = pretraining.learner(task, encoder, keras.optimizers.Adam(0.01))
+    inputs, targets = pretraining.examples(task, x, 0, np.arange(50) % 3, patch=4)
+    result = model.evaluate(inputs, targets, verbose=0, return_dict=True)
+    outputs = model.predict(inputs, verbose=0).astype("float64")
+    if task == "rotation":
+        log_p = outputs - np.log(np.exp(outputs).sum(axis=1, keepdims=True))
+        expected = {
+            "loss": -log_p[np.arange(50), targets].mean(),
+            "accuracy": np.mean(outputs.argmax(axis=1) == targets),
+        }
+    elif task == "pairs":
+        p = 1 / (1 + np.exp(-outputs[:, 0]))
+        expected = {
+            "loss": -np.log(np.where(targets == 1, p, 1 - p)).mean(),
+            "accuracy": np.mean((p > 0.5) == targets),
+        }
+    else:
+        expected = {"loss": np.mean((outputs - targets) ** 2)}
+    assert result == pytest.approx(expected, rel=1e-4)
+    model.train_on_batch(inputs, targets)
+    assert np.abs(encoder.get_weights()[0] - before).max() > 1e-3
+
+
+def test_filters_are_what_a_unit_responds_to(x):
+    encoder = dense_encoder()
+    found = pretraining.filters(encoder, "low")
+    assert found.shape == (12, 8, 8)
+    z = np.einsum("nij,uij->nu", x, found)
+    np.testing.assert_allclose(
+        encoder.get_layer("low")(x.reshape(50, 64)), np.maximum(z, 0), atol=1e-5
+    )
+    np.testing.assert_array_equal(
+        pretraining.filters(encoder, "low", (4, 16)).reshape(12, 64), found.reshape(12, 64)
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: pretraining.examples("colour", X, 0),
+            "task must be one of autoencoder, masked, rotation, pairs, received 'colour'",
+        ),
+        (lambda: pretraining.learner("colour", dense_encoder()), "one of .* received 'colour'"),
+        (lambda: pretraining.examples("pairs", X, 0), "y must be given for the task 'pairs'"),
+        (lambda: pretraining.examples("autoencoder", X[0], 0), r"images, .*received shape \(6, 6"),
+        (
+            lambda: pretraining.filters(dense_encoder(), "top"),
+            r"dense layer of model 'encoder', one of \['low', 'code'\], received 'top'",
+        ),
+        (lambda: pretraining.filters(conv_encoder(), "conv2d"), r"one of \[\], received"),
+        (
+            lambda: pretraining.filters(dense_encoder(), "code"),
+            r"12 pixels, as many as layer 'code' has inputs, received \(3, 3\)",
+        ),
+        (lambda: pretraining.filters(dense_encoder(), "low", (8, 9)), r"received \(8, 9\)"),
+    ],
+)
+def test_wrong_tasks_and_layers(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -60,7 +60,7 @@ class Book:
 
     @property
     def number(self):
-        return self.path.name[:2]
+        return self.path.name.partition("_")[0]
 
     @property
     def is_solution(self):
@@ -145,7 +145,7 @@ def rule(function):
 
 @rule
 def name_is_canonical(book):
-    if not re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", book.path.name):
+    if not re.fullmatch(r"\d\d[a-z]?_[a-z0-9_]+\.ipynb", book.path.name):
         yield f"{book.path.name}: expected a name such as 01_vanishing_gradients.ipynb"
     elif book.is_solution and not (book.path.parents[1] / book.path.name).exists():
         yield f"{book.path.name}: solutions have the name of the notebook with the exercises"
