@@ -1,7 +1,8 @@
 """Every widget of every notebook: all controls work, change the picture, and answer quickly.
 
-A widget cell must run with nothing before it but the notebook's imports and the functions that it
-names, so that it can be tested here without a kernel, and read by itself.
+A widget cell must run with nothing before it but the notebook's imports, the functions and the
+constants (`RULES = ...`) that it names, and those that these name, so that it can be tested here
+without a kernel, and read by itself.
 """
 
 import ast
@@ -13,17 +14,33 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "notebooks"
 
 
+def names_in(tree):
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def defines(node):
+    """Return the name of the function or constant that a statement defines, else None."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        return name if (name := node.targets[0].id).isupper() else None
+    return None
+
+
 def widget_cells():
     for path in sorted(FOLDER.glob("*.ipynb")):
         cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
         nodes = [node for source in cells for node in ast.parse(source).body]
         for i, source in enumerate(s for s in cells if "widgets.explore(" in s):
-            names = {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
+            needed = names_in(ast.parse(source))
+            known = set()
+            while needed != known:  # what is needed may need more
+                known = needed
+                needed = known.union(*(names_in(node) for node in nodes if defines(node) in known))
             before = [
                 ast.unparse(node)
                 for node in nodes
-                if isinstance(node, ast.Import | ast.ImportFrom)
-                or (isinstance(node, ast.FunctionDef) and node.name in names)
+                if isinstance(node, ast.Import | ast.ImportFrom) or defines(node) in needed
             ]
             yield pytest.param("\n".join(before), source, id=f"{path.stem}-{i}")
 
