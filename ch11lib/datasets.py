@@ -255,6 +255,31 @@ class Dataset:
         # Composed, so that x * std + mean is the original also after a second call.
         return replace(self, **scaled, mean=self.mean + self.std * mean, std=self.std * std)
 
+    def halved(self) -> Self:
+        """Halve height and width: every pixel becomes the mean of a square of four.
+
+        Returns
+        -------
+        Dataset
+            With arrays of shape (n, height // 2, width // 2), for a quarter of the computation.
+
+        Raises
+        ------
+        ValueError
+            If the images are flattened, or height or width is odd.
+
+        Examples
+        --------
+        >>> load_fashion_mnist().halved()
+        Dataset('fashion-mnist-12k', train=8000, valid=2000, test=2000, shape=(14, 14))
+        """
+        shape = self.x_train.shape[1:]
+        if len(shape) != 2 or any(side % 2 for side in shape):
+            raise ValueError(f"images must have an even height and width, have shape {shape}")
+        height, width = (side // 2 for side in shape)
+        arrays = {f: getattr(self, f).reshape(-1, height, 2, width, 2) for f in _IMAGE_FIELDS}
+        return replace(self, **{f: x.mean(axis=(2, 4)) for f, x in arrays.items()})
+
     def flattened(self) -> Self:
         """Give every image the shape of one row.
 

@@ -30,7 +30,7 @@ import time
 from typing import Any, NamedTuple
 
 from ch11lib import training
-from ch11lib.backend import keras, tf
+from ch11lib.backend import keras, tf, trim_memory
 from ch11lib.claims import number
 from ch11lib.fleets import Fleet
 import joblib
@@ -290,6 +290,7 @@ def compare(
         results._finish(list(arms))
         raise Interrupted(results) from None
     results._finish(list(arms))
+    trim_memory()
     return results
 
 
@@ -364,6 +365,7 @@ def compare_fleets(
         results._finish(list(arms))
         raise Interrupted(results) from None
     results._finish(list(arms))
+    trim_memory()
     return results
 
 

@@ -5,8 +5,8 @@ Here the weights of layer l of all networks are one array of shape (networks, in
 step of a hundred networks is a few large operations instead of a hundred times as many small ones,
 and one compilation serves all seeds, learning rates and scales of the weights.
 
-The price is generality: dense classifiers and plain gradient descent only. Whatever needs a Keras
-model (other layers, optimizers, callbacks) is for `experiments.compare`;
+The price is generality: dense classifiers and gradient descent only, plain or with momentum.
+Whatever needs a Keras model (other layers, optimizers, callbacks) is for `experiments.compare`;
 `experiments.compare_fleets` makes the same comparison with fleets.
 """
 
@@ -33,7 +33,8 @@ class Fleet:
     The networks do not influence each other: each has a seed, a learning rate, a scale of its
     weights and a momentum of its moving statistics, in all combinations of what is given. Networks
     of the same seed start from the same weights, up to the scale, and see the same batches in the
-    same order, also in another fleet. They learn by plain gradient descent on the cross-entropy.
+    same order, also in another fleet. They learn by gradient descent on the cross-entropy, plain or
+    with momentum.
 
     Hidden weights are normal with standard deviation ``scale * sqrt(gain / inputs)``; the output
     layer has gain 1, and no scale. Biases and beta start at 0, gamma at 1. A normalized layer has
@@ -63,6 +64,12 @@ class Fleet:
     inputs, classes : int
     epsilon : float
         Added to the variance in the normalizations.
+    schedule : callable, optional
+        ``schedule(t)`` returns what the rates are multiplied by at the steps t, an array of ints
+        that counts from 0: of shape ``t.shape``, or ``(len(t), networks)``.
+    inertia : float or callable
+        Momentum of the steps, ``m ← β m - η g, w ← w + m``, or a function of the steps that returns
+        it. 0, the default, is plain gradient descent.
 
     Attributes
     ----------
@@ -102,6 +109,8 @@ class Fleet:
         inputs: int = 784,
         classes: int = 10,
         epsilon: float = 1e-3,
+        schedule: Callable | None = None,
+        inertia: float | Callable = 0.0,
     ):
         if norm not in (None, "batch", "layer"):
             raise ValueError(f"norm must be None, 'batch' or 'layer', received {norm!r}")
@@ -120,7 +129,8 @@ class Fleet:
         grid = itertools.product(*settings.values())
         self.settings = pd.DataFrame(grid, columns=list(settings))
         self._kind = _Kind(norm, after, group, activation, epsilon)
-        self._steps = 0
+        self._steps, self._schedule = 0, schedule
+        self._inertia = inertia if callable(inertia) else lambda t: np.full(len(t), inertia)
         starts = {seed: _start(inputs, width, depth, classes, gain, seed) for seed in seeds}
         starts = [starts[seed] for seed in self.settings.seed]
         first, hidden, last = (np.stack(w, axis=-3) for w in zip(*starts, strict=True))
@@ -146,6 +156,9 @@ class Fleet:
         if norm == "batch":
             shapes = {"first": (networks, 1, width), "hidden": (depth - 1, networks, 1, width)}
             self._moving = tensors({k: (np.zeros(s), np.ones(s)) for k, s in shapes.items()})
+        self._velocity = {}
+        if callable(inertia) or inertia:
+            self._velocity = tf.nest.map_structure(tf.zeros_like, self._parameters)
 
     def _each(self, column: str) -> np.ndarray:
         """Return a setting of every network so that it broadcasts against their weights."""
@@ -249,16 +262,38 @@ class Fleet:
 
         of_seed = {seed: batches(seed) for seed in set(self.settings.seed)}
         order = tf.constant(np.stack([of_seed[seed] for seed in self.settings.seed], axis=1))
-        rates, momenta = tf.constant(self._each("rate")), tf.constant(self._each("momentum"))
+        t = np.arange(self._steps, self._steps + steps)
+        rates = tf.constant(self._each("rate") * self._factors(t))
+        betas = tf.constant(self._inertia(t), tf.float32)
+        momenta = tf.constant(self._each("momentum"))
         step = _compiled_step(self._kind)
         losses = []
-        for rows in order:
-            loss, self._parameters, self._moving = step(
-                self._parameters, self._moving, x, y, rows, rates, momenta
+        for i, rows in enumerate(order):
+            loss, self._parameters, self._moving, self._velocity = step(
+                self._parameters,
+                self._moving,
+                self._velocity,
+                x,
+                y,
+                rows,
+                rates[i],
+                momenta,
+                betas[i],
             )
             losses.append(loss)
         self._steps += steps
         return np.stack(losses)
+
+    def _factors(self, t):
+        """Return the factors of the rates at the steps t, ``(len(t), networks or 1, 1, 1)``."""
+        factors = np.ones(len(t)) if self._schedule is None else self._schedule(t)
+        factors = np.asarray(factors, np.float32)
+        if factors.shape not in ((len(t),), (len(t), len(self.settings))):
+            raise ValueError(
+                f"schedule must return one number per step (and network), received shape "
+                f"{factors.shape} for {len(t)} steps and {len(self.settings)} networks"
+            )
+        return factors.reshape(len(t), -1, 1, 1)
 
     def _joined(self, x, y):
         """Return all data as tensors, the number of examples, and where each seed's own begin."""
@@ -299,7 +334,9 @@ class Fleet:
 
         A network whose outputs are no longer finite has an infinite loss and accuracy 0.
         """
-        outputs, y = self.outputs(x, training=training), np.asarray(y)
+        parts = [x] if training else [x[i : i + 500] for i in range(0, len(x), 500)]  # less memory
+        outputs = np.concatenate([self.outputs(part, training=training) for part in parts], axis=1)
+        y = np.asarray(y)
         finite = np.isfinite(outputs).all(axis=(1, 2))
         log_likelihood = special.log_softmax(np.nan_to_num(outputs), axis=-1)
         loss = -log_likelihood[:, np.arange(len(y)), y].mean(axis=1)
@@ -414,15 +451,19 @@ def _compiled_step(kind):
     """
 
     @functools.partial(tf.function, autograph=False, jit_compile=True)
-    def step(parameters, moving, x, y, rows, rates, momenta):
+    def step(parameters, moving, velocity, x, y, rows, rates, momenta, beta):
         with tf.GradientTape() as tape:
             tape.watch(parameters)
             logits, seen = _forward(kind, parameters, moving, tf.gather(x, rows), True)
             loss = _cross_entropy(tf.gather(y, rows), logits)
         # No network's loss depends on another; with depth 1 nothing depends on "hidden".
         slopes = tape.gradient(loss, parameters, unconnected_gradients="zero")
-        parameters = tf.nest.map_structure(lambda v, g: v - rates * g, parameters, slopes)
+        if velocity:
+            velocity = tf.nest.map_structure(lambda m, g: beta * m - rates * g, velocity, slopes)
+            parameters = tf.nest.map_structure(tf.add, parameters, velocity)
+        else:
+            parameters = tf.nest.map_structure(lambda v, g: v - rates * g, parameters, slopes)
         moving = tf.nest.map_structure(lambda m, s: momenta * m + (1 - momenta) * s, moving, seen)
-        return loss, parameters, moving
+        return loss, parameters, moving, velocity
 
     return step

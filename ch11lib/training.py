@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass
 import functools
+import gc
 import inspect
 import json
 import os
@@ -33,7 +34,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 import weakref
 
-from ch11lib.backend import keras, tf
+from ch11lib.backend import keras, tf, trim_memory
 import numpy as np
 
 __all__ = [
@@ -395,6 +396,8 @@ def clear_programs() -> None:
         _shared_programs.clear()
         _own_programs.clear()
         _signatures.clear()
+    gc.collect()  # programs and models refer to each other
+    trim_memory()
 
 
 # --- arguments ------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_arrays_are_read_only_and_the_callers_stay_as_they_were():
 
 
 def test_derived_data_sets_are_read_only_too(data):
-    for derived in (data.take(10), data.take(10).standardized(), data.flattened()):
+    for derived in (data.take(10), data.take(10).standardized(), data.flattened(), data.halved()):
         with pytest.raises(ValueError, match="read-only"):
             derived.x_train *= 2
         with pytest.raises(ValueError, match="read-only"):
@@ -328,6 +328,19 @@ def test_flattened_reshapes_without_copying(data):
     assert np.shares_memory(flat.x_train, data.x_train)
     assert np.array_equal(flat.x_valid[3].reshape(28, 28), data.x_valid[3])
     assert flat.flattened().x_train.shape == (8000, 784)
+
+
+def test_halved_means_squares_of_four(data):
+    half = data.halved()
+    assert (half.x_train.shape, half.x_train.dtype) == ((8000, 14, 14), np.float32)
+    image, small = data.x_valid[7], half.x_valid[7]
+    for row, column in ((0, 0), (5, 9), (13, 13)):
+        square = image[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert small[row, column] == pytest.approx(square.mean())
+    with pytest.raises(ValueError, match="even height and width, have shape"):
+        data.flattened().halved()
+    with pytest.raises(ValueError, match=r"have shape \(7, 7\)"):
+        half.halved().halved()
 
 
 def _arrays(n=4, shape=(2, 3)):

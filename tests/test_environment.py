@@ -186,7 +186,7 @@ def test_table_of_notebooks_is_complete():
     there = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
     if not there:
         pytest.skip("no notebook is written yet")
-    assert set(re.findall(r"\]\(notebooks/([^)]+)\)", DOCUMENTS["README.md"])) == there
+    assert set(re.findall(r"\]\(notebooks/([^)/]+\.ipynb)\)", DOCUMENTS["README.md"])) == there
 
 
 def test_modules_in_the_readme_exist():
