@@ -87,6 +87,37 @@ def test_every_network_trains_like_its_keras_model(kind):
         np.testing.assert_allclose(outputs, twin.predict(X, verbose=0), rtol=1e-3, atol=1e-4)
 
 
+def test_rates_and_momenta_of_each_step():
+    """Keras's SGD, given the rate and the momentum of each step by hand."""
+
+    def momentum(t):
+        return 0.95 - 0.3 * t / 12
+
+    factors = np.array([[1.0, 2.0]]) / (1 + np.arange(12))[:, None]  # per step and network
+    fleet = Fleet(4, 6, seeds=[3, 8], schedule=lambda t: factors[t], inertia=momentum, **SMALL)
+    losses = np.concatenate([fleet.train(X, Y, steps=n, batch_size=16) for n in (5, 7)])
+    for i, seed in enumerate([3, 8]):
+        twin = keras_twin(seed)
+        twin.optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+        order = np.concatenate([training.batch_order(96, seed, e) for e in range(2)])
+        expected = []
+        for t, rows in enumerate(order.reshape(12, 16)):
+            with tf.GradientTape() as tape:
+                loss = twin.loss(Y[rows], twin(X[rows], training=True))
+            gradients = tape.gradient(loss, twin.trainable_variables)
+            twin.optimizer.learning_rate = 0.1 * factors[t, i]
+            twin.optimizer.momentum = momentum(t)
+            twin.optimizer.apply(gradients, twin.trainable_variables)
+            expected.append(float(loss))
+        np.testing.assert_allclose(losses[:, i], expected, rtol=2e-4, atol=1e-5)
+
+
+def test_a_schedule_must_fit():
+    fleet = Fleet(2, 5, seeds=[4], schedule=lambda t: np.ones(3), **SMALL)
+    with pytest.raises(ValueError, match=r"received shape \(3,\) for 12 steps and 1 networks"):
+        fleet.train(X, Y, steps=12, batch_size=16)
+
+
 def test_networks_do_not_influence_each_other():
     many = Fleet(
         3, 5, seeds=[1, 2], scales=[0.5, 1.0], norm="batch", **SMALL | {"rates": [0.1, 50]}
