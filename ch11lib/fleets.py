@@ -5,7 +5,7 @@ Here the weights of layer l of all networks are one array of shape (networks, in
 step of a hundred networks is a few large operations instead of a hundred times as many small ones,
 and one compilation serves all seeds, learning rates and scales of the weights.
 
-The price is generality: dense classifiers and gradient descent only, plain or with momentum.
+The price is generality: dense classifiers, gradient descent with or without momentum, and Adam.
 Whatever needs a Keras model (other layers, optimizers, callbacks) is for `experiments.compare`;
 `experiments.compare_fleets` makes the same comparison with fleets.
 """
@@ -34,7 +34,7 @@ class Fleet:
     weights and a momentum of its moving statistics, in all combinations of what is given. Networks
     of the same seed start from the same weights, up to the scale, and see the same batches in the
     same order, also in another fleet. They learn by gradient descent on the cross-entropy, plain or
-    with momentum.
+    with momentum, or by Adam.
 
     Hidden weights are normal with standard deviation ``scale * sqrt(gain / inputs)``; the output
     layer has gain 1, and no scale. Biases and beta start at 0, gamma at 1. A normalized layer has
@@ -70,6 +70,8 @@ class Fleet:
     inertia : float or callable
         Momentum of the steps, ``m ← β m - η g, w ← w + m``, or a function of the steps that returns
         it. 0, the default, is plain gradient descent.
+    adam : bool
+        Take the steps of Keras's Adam with its default betas and epsilon; `inertia` has no effect.
 
     Attributes
     ----------
@@ -111,6 +113,7 @@ class Fleet:
         epsilon: float = 1e-3,
         schedule: Callable | None = None,
         inertia: float | Callable = 0.0,
+        adam: bool = False,
     ):
         if norm not in (None, "batch", "layer"):
             raise ValueError(f"norm must be None, 'batch' or 'layer', received {norm!r}")
@@ -128,7 +131,7 @@ class Fleet:
                 raise ValueError(f"each network needs a {name}, received none")
         grid = itertools.product(*settings.values())
         self.settings = pd.DataFrame(grid, columns=list(settings))
-        self._kind = _Kind(norm, after, group, activation, epsilon)
+        self._kind = _Kind(norm, after, group, activation, epsilon, adam)
         self._steps, self._schedule = 0, schedule
         self._inertia = inertia if callable(inertia) else lambda t: np.full(len(t), inertia)
         starts = {seed: _start(inputs, width, depth, classes, gain, seed) for seed in seeds}
@@ -157,8 +160,9 @@ class Fleet:
             shapes = {"first": (networks, 1, width), "hidden": (depth - 1, networks, 1, width)}
             self._moving = tensors({k: (np.zeros(s), np.ones(s)) for k, s in shapes.items()})
         self._velocity = {}
-        if callable(inertia) or inertia:
+        if adam or callable(inertia) or inertia:
             self._velocity = tf.nest.map_structure(tf.zeros_like, self._parameters)
+        self._squares = self._velocity if adam else {}
 
     def _each(self, column: str) -> np.ndarray:
         """Return a setting of every network so that it broadcasts against their weights."""
@@ -263,16 +267,20 @@ class Fleet:
         of_seed = {seed: batches(seed) for seed in set(self.settings.seed)}
         order = tf.constant(np.stack([of_seed[seed] for seed in self.settings.seed], axis=1))
         t = np.arange(self._steps, self._steps + steps)
-        rates = tf.constant(self._each("rate") * self._factors(t))
+        factors = self._factors(t)
+        if self._kind.adam:  # the correction of the bias of both averages
+            factors *= (np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1)))[:, None, None, None]
+        rates = tf.constant(self._each("rate") * factors, tf.float32)
         betas = tf.constant(self._inertia(t), tf.float32)
         momenta = tf.constant(self._each("momentum"))
         step = _compiled_step(self._kind)
-        losses = []
+        losses = np.empty((steps, len(self.settings)), np.float32)
         for i, rows in enumerate(order):
-            loss, self._parameters, self._moving, self._velocity = step(
+            loss, self._parameters, self._moving, self._velocity, self._squares = step(
                 self._parameters,
                 self._moving,
                 self._velocity,
+                self._squares,
                 x,
                 y,
                 rows,
@@ -280,14 +288,14 @@ class Fleet:
                 momenta,
                 betas[i],
             )
-            losses.append(loss)
+            losses[i] = loss.numpy()  # a copy: kept tensors would fragment the memory
         self._steps += steps
-        return np.stack(losses)
+        return losses
 
     def _factors(self, t):
         """Return the factors of the rates at the steps t, ``(len(t), networks or 1, 1, 1)``."""
         factors = np.ones(len(t)) if self._schedule is None else self._schedule(t)
-        factors = np.asarray(factors, np.float32)
+        factors = np.array(factors, np.float64)
         if factors.shape not in ((len(t),), (len(t), len(self.settings))):
             raise ValueError(
                 f"schedule must return one number per step (and network), received shape "
@@ -375,6 +383,7 @@ class _Kind(NamedTuple):
     group: int | None
     activation: str | Callable
     epsilon: float
+    adam: bool
 
     def layer(self, h, parameters, moving):
         """Return what a hidden layer makes of h, and the statistics it normalized by, if any."""
@@ -449,21 +458,28 @@ def _compiled_step(kind):
 
     XLA compiles the loop over the layers once, however many there are.
     """
+    each = tf.nest.map_structure
 
     @functools.partial(tf.function, autograph=False, jit_compile=True)
-    def step(parameters, moving, velocity, x, y, rows, rates, momenta, beta):
+    def step(parameters, moving, velocity, squares, x, y, rows, rates, momenta, beta):
         with tf.GradientTape() as tape:
             tape.watch(parameters)
             logits, seen = _forward(kind, parameters, moving, tf.gather(x, rows), True)
             loss = _cross_entropy(tf.gather(y, rows), logits)
         # No network's loss depends on another; with depth 1 nothing depends on "hidden".
         slopes = tape.gradient(loss, parameters, unconnected_gradients="zero")
-        if velocity:
-            velocity = tf.nest.map_structure(lambda m, g: beta * m - rates * g, velocity, slopes)
-            parameters = tf.nest.map_structure(tf.add, parameters, velocity)
+        if kind.adam:
+            velocity = each(lambda m, g: m + 0.1 * (g - m), velocity, slopes)
+            squares = each(lambda s, g: s + 0.001 * (g * g - s), squares, slopes)
+            parameters = each(
+                lambda v, m, s: v - rates * m / (tf.sqrt(s) + 1e-7), parameters, velocity, squares
+            )
+        elif velocity:
+            velocity = each(lambda m, g: beta * m - rates * g, velocity, slopes)
+            parameters = each(tf.add, parameters, velocity)
         else:
-            parameters = tf.nest.map_structure(lambda v, g: v - rates * g, parameters, slopes)
-        moving = tf.nest.map_structure(lambda m, s: momenta * m + (1 - momenta) * s, moving, seen)
-        return loss, parameters, moving, velocity
+            parameters = each(lambda v, g: v - rates * g, parameters, slopes)
+        moving = each(lambda m, s: momenta * m + (1 - momenta) * s, moving, seen)
+        return loss, parameters, moving, velocity, squares
 
     return step

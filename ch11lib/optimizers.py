@@ -649,6 +649,7 @@ def follow(optimizer: Any, gradients: ArrayLike, start: ArrayLike | None = None,
         ``rule(theta, g, s, t, **options) -> new theta``, which keeps its memory in the dict `s`,
         empty at first; t counts from 1.
     gradients : array of shape (steps, ...)
+        One step or more.
     start : array of shape (...), optional
         Default: ones.
 
@@ -667,7 +668,16 @@ def follow(optimizer: Any, gradients: ArrayLike, start: ArrayLike | None = None,
     array([ 0.  , -0.1 , -0.15])
     """
     gradients = np.asarray(gradients, dtype=np.float64)
-    theta = np.ones(gradients.shape[1:]) if start is None else np.asarray(start, dtype=np.float64)
+    if not gradients.ndim or not gradients.size:
+        raise ValueError(
+            f"gradients must hold one gradient or more; received shape {gradients.shape}"
+        )
+    shape = gradients.shape[1:]
+    theta = np.ones(shape) if start is None else np.asarray(start, dtype=np.float64)
+    if theta.shape != shape:
+        raise ValueError(
+            f"start must have the shape of one gradient, {shape}; received shape {theta.shape}"
+        )
     path, memory = [theta], {}
     if isinstance(optimizer, keras.optimizers.Optimizer | tf.compat.v1.train.Optimizer):
         return _follow_tensorflow(optimizer, gradients, theta)
@@ -705,6 +715,11 @@ def step_gap(one: ArrayLike, other: ArrayLike) -> float:
     >>> round(step_gap([0.0, 1.0, 2.0], [0.0, 1.0, 2.1]), 3)
     0.091
     """
+    if np.shape(one) != np.shape(other) or not np.ndim(one) or len(one) < 2:
+        raise ValueError(
+            "one and other must be paths of one shape with two points or more; "
+            f"received shapes {np.shape(one)} and {np.shape(other)}"
+        )
     a, b = np.diff(one, axis=0), np.diff(other, axis=0)
     return float(np.max(np.abs(a - b) / np.abs(b).max(axis=0)))
 

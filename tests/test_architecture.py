@@ -18,7 +18,8 @@ BASE = {"__init__", "backend"}
 SHARED = {"datasets", "training", "fleets", "experiments", "claims", "plotting", "widgets"}
 TOPICS = {
     *("signals", "initializers", "activations", "batch_norm", "clipping", "transfer"),
-    *("pretraining", "optimizers", "landscapes", "sparsity", "schedules", "regularization"),
+    *("pretraining", "optimizers", "tournament", "landscapes", "sparsity"),
+    *("schedules", "regularization"),
 }
 TOOLS = {"__main__", "notebooks", "doctor"}
 # Reached through `ch11lib.backend` everywhere else, which is what keeps their start silent. These

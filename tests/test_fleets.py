@@ -87,18 +87,20 @@ def test_every_network_trains_like_its_keras_model(kind):
         np.testing.assert_allclose(outputs, twin.predict(X, verbose=0), rtol=1e-3, atol=1e-4)
 
 
-def test_rates_and_momenta_of_each_step():
-    """Keras's SGD, given the rate and the momentum of each step by hand."""
+@pytest.mark.parametrize("adam", [False, True])
+def test_rates_and_momenta_of_each_step(adam):
+    """Keras's optimizer, given the rate and the momentum of each step by hand."""
 
     def momentum(t):
         return 0.95 - 0.3 * t / 12
 
     factors = np.array([[1.0, 2.0]]) / (1 + np.arange(12))[:, None]  # per step and network
-    fleet = Fleet(4, 6, seeds=[3, 8], schedule=lambda t: factors[t], inertia=momentum, **SMALL)
+    options = {"adam": True} if adam else {"inertia": momentum}
+    fleet = Fleet(4, 6, seeds=[3, 8], schedule=lambda t: factors[t], **options, **SMALL)
     losses = np.concatenate([fleet.train(X, Y, steps=n, batch_size=16) for n in (5, 7)])
     for i, seed in enumerate([3, 8]):
         twin = keras_twin(seed)
-        twin.optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+        twin.optimizer = keras.optimizers.Adam() if adam else keras.optimizers.SGD(momentum=0.9)
         order = np.concatenate([training.batch_order(96, seed, e) for e in range(2)])
         expected = []
         for t, rows in enumerate(order.reshape(12, 16)):
@@ -106,7 +108,8 @@ def test_rates_and_momenta_of_each_step():
                 loss = twin.loss(Y[rows], twin(X[rows], training=True))
             gradients = tape.gradient(loss, twin.trainable_variables)
             twin.optimizer.learning_rate = 0.1 * factors[t, i]
-            twin.optimizer.momentum = momentum(t)
+            if not adam:
+                twin.optimizer.momentum = momentum(t)
             twin.optimizer.apply(gradients, twin.trainable_variables)
             expected.append(float(loss))
         np.testing.assert_allclose(losses[:, i], expected, rtol=2e-4, atol=1e-5)

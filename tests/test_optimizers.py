@@ -603,6 +603,81 @@ def test_a_subclass_must_define_its_update():
         optimizers.Optimizer().step(1.0, 1.0)
 
 
+# ---------------------------------------------------------------------------- given gradients
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_follow_gives_the_same_path_for_keras_and_for_ours(name):
+    gradients = np.random.default_rng(0).standard_normal((20, 3))
+    ours = optimizers.follow(getattr(optimizers, name)(0.01), gradients)
+    theirs = optimizers.follow(getattr(keras.optimizers, name)(0.01), gradients)
+    assert ours.shape == theirs.shape == (21, 3)
+    assert (ours[0] == 1).all()
+    assert np.abs(np.diff(ours, axis=0)).max(axis=0).min() > 1e-4  # they move
+    assert optimizers.step_gap(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (tf.compat.v1.train.GradientDescentOptimizer(0.1), optimizers.SGD(0.1)),
+        (tf.compat.v1.train.MomentumOptimizer(0.1, 0.9), optimizers.SGD(0.1, momentum=0.9)),
+    ],
+)
+def test_follow_gives_the_same_path_for_tf_compat_v1_and_for_ours(theirs, ours):
+    gradients = np.random.default_rng(1).standard_normal((20, 2, 3))
+    start = np.arange(6.0).reshape(2, 3)
+    one, other = (optimizers.follow(o, gradients, start) for o in (ours, theirs))
+    np.testing.assert_array_equal(other[0], start)
+    assert optimizers.step_gap(one, other) < 1e-6
+
+
+def test_follow_a_rule_with_memory_and_options():
+    def rule(theta, g, s, t, eta, beta):
+        assert t == s.setdefault("calls", 0) + 1
+        s["calls"], s["m"] = t, beta * s.get("m", 0.0) - eta * g
+        return theta + s["m"]
+
+    gradients = np.random.default_rng(2).standard_normal((10, 4))
+    path = optimizers.follow(rule, gradients, eta=0.1, beta=0.5)
+    expected = optimizers.follow(keras.optimizers.SGD(0.1, momentum=0.5), gradients)
+    np.testing.assert_allclose(path, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "start", "words"),
+    [
+        ([], None, "gradients must"),
+        (np.zeros((0, 3)), None, "gradients must"),
+        (1.0, None, "gradients must"),
+        (np.ones((5, 3)), [1.0, 2.0], "start must"),
+        (np.ones((5, 3)), 0.0, "start must"),
+        (np.ones(5), [0.0], "start must"),
+    ],
+)
+def test_follow_names_the_bad_argument(gradients, start, words):
+    with pytest.raises(ValueError, match=words):
+        optimizers.follow(optimizers.SGD(), gradients, start)
+
+
+def test_step_gap_is_relative_to_each_parameter():
+    other = np.cumsum([[0.0, 0.0], [1.0, 1000.0], [0.5, -500.0]], axis=0)
+    assert optimizers.step_gap(other, other) == 0
+    for column, size in ((0, 1.0), (1, 1000.0)):
+        one = other.copy()
+        one[2, column] += 0.01 * size
+        assert optimizers.step_gap(one, other) == pytest.approx(0.01)
+    assert optimizers.step_gap(other + 7, other) == pytest.approx(0)  # steps, not points
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [([1.0], [1.0]), (1.0, 1.0), (np.ones((3, 2)), np.ones((4, 2)))]
+)
+def test_step_gap_refuses_what_is_not_a_pair_of_paths(one, other):
+    with pytest.raises(ValueError, match="one and other must"):
+        optimizers.step_gap(one, other)
+
+
 # ------------------------------------------------------------------------------------ on a surface
 
 

@@ -1161,7 +1161,7 @@ def suggest_rates(
     noise = np.median(np.abs(np.diff(losses))) / (0.6745 * math.sqrt(2))
     bottom = _START + int(np.argmin(smoothed[_START:]))
     if not start - smoothed[bottom] > 1.5 * noise:
-        rises = not math.isnan(diverged_at) or smoothed.max() - start > 1.5 * noise
+        rises = not math.isnan(diverged_at) or smoothed[-1] - start > 1.5 * noise
         return found, (
             "the loss never fell, it only rose: take a smaller lowest rate"
             if rises

@@ -15,16 +15,17 @@ layers, theirs = keras.layers, keras.optimizers.schedules
 # Keras 3.15 hands a variable to np.array in a way that NumPy 2 will no longer accept one day.
 old_copy = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 STEPS = np.arange(0, 400)
+SOME = np.r_[0:45:9, 45:70, 70:195:12, 195:205, 205:400:17, 298:303]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _fresh():
     yield
     training.clear_programs()
 
 
-def of_keras(schedule, steps=STEPS):
-    return np.array([float(schedule(tf.constant(int(t), tf.int64))) for t in steps])
+def of_keras(schedule):
+    return np.array([float(schedule(tf.constant(int(t), tf.int64))) for t in SOME])
 
 
 # ------------------------------------------------------------------------------------- like Keras
@@ -70,7 +71,7 @@ SAME = {
 @pytest.mark.parametrize("name", SAME)
 def test_same_as_keras(name):
     ours, keras_schedule = SAME[name]
-    np.testing.assert_allclose(ours(STEPS), of_keras(keras_schedule), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(ours(SOME), of_keras(keras_schedule), rtol=1e-5, atol=1e-7)
 
 
 def test_same_as_tensorflow_1():
@@ -240,8 +241,7 @@ def network(optimizer, metrics=(), dropout=0.0):
         [
             keras.Input((4,)),
             layers.Dense(8, "tanh"),
-            layers.BatchNormalization(),
-            layers.Dropout(dropout),
+            *([layers.BatchNormalization(), layers.Dropout(dropout)] if dropout else []),
             layers.Dense(1),
         ]
     )
@@ -260,25 +260,21 @@ def fit(model, how, epochs=10, **options):
     return history
 
 
-@pytest.mark.parametrize("how", ["model.fit", "graph", "XLA"])
+@pytest.mark.parametrize("how", ["model.fit", "XLA"])
 def test_the_rate_that_was_used_is_the_rate_that_was_plotted(how):
-    cycle = schedules.OneCycle(peak=0.1, steps=40)
-    plotted = cycle(np.arange(40))
+    cycle = schedules.OneCycle(peak=0.1, steps=12)
+    plotted = cycle(np.arange(12))
     optimizer = schedules.record_rates(
         schedules.ScheduledSGD(cycle, momentum=cycle.momentum), steps=60
     )
-    fit(network(optimizer), how)
+    fit(network(optimizer), how, epochs=3)
     np.testing.assert_array_equal(optimizer.rates, plotted.astype("float32"))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda rate: keras.optimizers.Adam(rate, weight_decay=0.01),
-        lambda rate: keras.optimizers.RMSprop(rate, momentum=0.9),
-    ],
-)
-def test_recording_changes_nothing_and_keeps_the_last_steps(make):
+def test_recording_changes_nothing_and_keeps_the_last_steps():
+    def make(rate):
+        return keras.optimizers.Adam(rate, weight_decay=0.01)
+
     rate = schedules.Schedule("exponential", initial=0.01, steps=10)
     plain, recording = make(rate), schedules.record_rates(make(rate), steps=15)
     models = [network(optimizer) for optimizer in (plain, recording)]
@@ -298,8 +294,7 @@ def test_recorded_rates_of_a_variable():
     assert optimizer.rates.tolist() == np.repeat(expected, 4).tolist()
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("how", ["model.fit", "graph", "XLA"])
+@pytest.mark.parametrize(("how", "nesterov"), [("graph", False), ("XLA", True)])
 def test_momentum_of_each_step_by_hand(how, nesterov):
     x, y = data()
     cycle = schedules.OneCycle(peak=0.05, steps=12)
@@ -350,7 +345,7 @@ def test_a_cycle_goes_on_where_it_was_after_loading(tmp_path):
 
 
 @old_copy
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.sampled_from([0.5, 0.7, 0.75, 1.0, math.nan]), min_size=1, max_size=25),
     st.integers(0, 3),
@@ -375,15 +370,14 @@ def test_plateau_is_reduce_lr_on_plateau(values, patience, cooldown, min_delta, 
 
 
 @old_copy
-@pytest.mark.parametrize("how", ["model.fit", "graph"])
-def test_performance_scheduling_trains_as_keras_does(how):
+def test_performance_scheduling_trains_as_keras_does():
     x, y = data()
     histories = []
     for kind in (schedules.PerformanceScheduling, keras.callbacks.ReduceLROnPlateau):
         callback = kind("val_loss", factor=0.5, patience=2)
         model = network(keras.optimizers.SGD(0.05, momentum=0.9))
         history = fit(
-            model, how, epochs=15, callbacks=[callback], validation_data=(x[:20], -y[:20])
+            model, "graph", epochs=15, callbacks=[callback], validation_data=(x[:20], -y[:20])
         )
         histories.append(history.history)
     assert len(set(histories[0]["learning_rate"])) > 2
@@ -428,9 +422,7 @@ def randomness():
 
 FOUND = {
     "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
-    "adagrad": lambda: keras.optimizers.Adagrad(0.1),
-    "schedule": lambda: keras.optimizers.Adam(theirs.ExponentialDecay(0.1, 10, 0.5)),
-    "ema": lambda: keras.optimizers.RMSprop(0.1, use_ema=True),
+    "schedule": lambda: keras.optimizers.Adam(theirs.ExponentialDecay(0.1, 10, 0.5), use_ema=True),
     "scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
 }
 
@@ -446,17 +438,16 @@ def test_finding_a_rate_leaves_no_trace(name):
     expected = randomness()
     keras.utils.set_random_seed(5)
     tf.random.set_global_generator(tf.random.Generator.from_seed(5))
-    test = schedules.find_learning_rate(model, *data(), steps=60)
+    test = schedules.find_learning_rate(model, *data(), steps=30)
     assert randomness() == expected
-    assert len(test.rates) > 20
+    assert len(test.rates) > 10
     for a, b in zip(before, everything(model), strict=True):
         np.testing.assert_array_equal(a, b)
     rate = model.optimizer.learning_rate
     assert float(rate if tf.is_tensor(rate) else rate.numpy()) == before_rate
 
 
-@pytest.mark.parametrize("how", ["model.fit", "graph"])
-def test_training_afterwards_is_what_it_would_have_been(how):
+def test_training_afterwards_is_what_it_would_have_been():
     weights = []
     for find in (False, True):
         keras.utils.set_random_seed(1)
@@ -464,7 +455,7 @@ def test_training_afterwards_is_what_it_would_have_been(how):
         model.compile("adam", "mse", metrics=["mae"])  # not built yet
         if find:
             schedules.find_learning_rate(model, *data(), steps=40)
-        fit(model, how, epochs=2)
+        fit(model, "graph", epochs=2)
         weights.append(model.get_weights())
     for a, b in zip(*weights, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -535,14 +526,19 @@ def test_stops_on_divergence_and_suggests_rates_that_work():
     assert len(test.rates) == len(test.losses) == len(test.smoothed) < 200
     assert np.isfinite(test.losses).all()
     found = test.suggestions
-    assert found["steepest"] < 0.5
     assert found["minimum"] == pytest.approx(test.rates[test.smoothed.argmin()] / 10)
-    assert 0.05 < found["blow-up"] < 0.5
-    for rate in found.values():
+    # What theory says: rates below 2 by the largest curvature are stable. Of the excess loss
+    # (1 - 2 rate)^(2 steps) remains, and the noise, whose variance is 0.01, is the floor.
+    inputs = np.c_[x, np.ones(len(x))]
+    stable = 2 / np.linalg.eigvalsh(2 * inputs.T @ inputs / len(x)).max()
+    assert 0.05 * stable < found["blow-up"] < 0.5 * stable
+    assert found["steepest"] < stable
+    for name, rate in found.items():
         model, x, y = linear()
         model.optimizer.learning_rate = rate
         losses = training.fit(model, x, y, epochs=10, seed=0).history["loss"]
-        assert losses[-1] < 0.5 * losses[0] or losses[-1] < 0.02
+        # The steepest point promises no more than a fall.
+        assert losses[-1] < (losses[0] if name == "steepest" else 0.02)
 
 
 def test_clear_answers_when_there_is_no_minimum():

@@ -1,13 +1,32 @@
-"""Parts of `ch11lib.optimizers` for notebook 08c; go back there, with tests, when it lands."""
+"""A tournament of optimizers: many runs at once, and how to judge them.
 
+The runs of a tournament are many small problems that differ in their seed and their learning rate.
+`train_rows` makes each a row of one matrix, which an optimizer of Keras updates as a whole. The
+second part turns the runs into steps to a target, intervals of ranks and widths of good ranges.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import itertools
-import os
-from collections.abc import Mapping
+import math
+from typing import NamedTuple
 
 from ch11lib import training
+from ch11lib.backend import keras, tf
 import joblib
+import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
+
+__all__ = [
+    "DenseRows",
+    "RatePerRow",
+    "Rows",
+    "good_decades",
+    "rank_intervals",
+    "steps_to_target",
+    "train_rows",
+]
 
 # ---------------------------------------------------------------------------- many runs, row by row
 
@@ -116,14 +135,14 @@ def train_rows(
         def update(g):
             optimizer.apply([g], [variable])
 
-        losses = []
+        losses = np.empty((steps, variable.shape[0]), np.float32)
         for step in range(steps):
             loss, g = gradient(variable.value, step)
             update(g)
-            losses.append(loss)
-        return Rows(np.stack(losses), variable.numpy())
+            losses[step] = loss.numpy()  # a copy: kept tensors would fragment the memory
+        return Rows(losses, variable.numpy())
 
-    jobs = n_jobs or len(os.sched_getaffinity(0))
+    jobs = n_jobs or joblib.cpu_count()
     runs = joblib.Parallel(jobs, backend="threading")(joblib.delayed(train)(*e) for e in entries)
     return dict(zip(optimizers, runs, strict=True))
 
@@ -324,5 +343,3 @@ def good_decades(rates: ArrayLike, scores: ArrayLike, tolerance: float) -> float
     fine = np.linspace(decades[0], decades[-1], 2001)
     values = np.interp(fine, decades, scores)
     return float(np.mean(values > np.max(scores) - tolerance) * (decades[-1] - decades[0]))
-
-
