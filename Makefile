@@ -14,13 +14,16 @@ NBVAL := -q -o addopts= --nbval --nbval-current-env \
 	--nbval-sanitize-with=tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout=300 --nbval-kernel-startup-timeout=180 \
 	-p no:cacheprovider -n 2 --dist loadscope tests/conftest.py
+# Of test-numerics: other kernels of TensorFlow, one thread, no XLA, another block of seeds.
+VARIANTS := TF_ENABLE_ONEDNN_OPTS=1 CH11_XLA=0 CH11_SEED=1 \
+	TF_NUM_INTRAOP_THREADS=1+TF_NUM_INTEROP_THREADS=1+OMP_NUM_THREADS=1
 NOTEBOOKS := $(shell find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: help run test lab refresh assignments clean
+.PHONY: help run test test-numerics test-browser lab refresh assignments docs clean
 
 help:  ## say what there is (this list)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Another Python: make PYTHON=python3.12 run. Some notebooks: make run ARGS=notebooks/01*"
 
 run: $(VENV)/.installed  ## execute the notebooks, write pages to read under build/
@@ -34,6 +37,15 @@ ifneq ($(NOTEBOOKS),)
 	$(NOTEBOOK_ENV) $(PY) -m pytest $(NBVAL) notebooks
 endif
 
+test-numerics: $(VENV)/.installed-test  ## the notebooks as other hardware would run them, and other seeds
+	@for variant in $(VARIANTS); do \
+		echo "$$variant" | tr + ' '; \
+		$(NOTEBOOK_ENV) $$(echo "$$variant" | tr + ' ') $(PY) -m pytest $(NBVAL) notebooks || exit 1; \
+	done
+
+test-browser: $(VENV)/.installed-browser  ## JupyterLab and the pages of make run, in a real browser
+	$(PY) -m pytest -o addopts= -ra tests/browser
+
 lab: $(VENV)/.installed-lab  ## open the series in JupyterLab
 	$(PY) -m jupyterlab notebooks/00_start_here.ipynb
 
@@ -43,6 +55,9 @@ refresh: $(VENV)/.installed  ## execute the notebooks and store their outputs in
 assignments: $(VENV)/.installed-course  ## make what is handed out (release) from the sources
 	cd notebooks/assignments && for name in $$(ls source); do \
 		../../$(PY) -m nbgrader generate_assignment $$name --force --no-db || exit 1; done
+
+docs: $(VENV)/.installed-docs  ## write the reference of the library under build/
+	$(PY) docs/reference.py build/html/api
 
 clean:  ## delete all that these commands made: .venv, build/, caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

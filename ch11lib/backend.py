@@ -12,7 +12,7 @@ import sys
 
 import ch11lib  # noqa: F401  (sets the environment defaults that TensorFlow reads)
 
-__all__ = ["keras", "quiet_stderr", "tf", "trim_memory"]
+__all__ = ["keras", "quiet_stderr", "tf", "trim_memory", "xla_allowed"]
 
 
 @contextlib.contextmanager
@@ -37,6 +37,11 @@ def _glibc(function, *arguments):
 def trim_memory():
     """Give memory that was freed back to the system, where the C library is glibc."""
     _glibc("malloc_trim", 0)
+
+
+def xla_allowed() -> bool:
+    """Say whether graphs may be compiled by XLA: unless the variable ``CH11_XLA`` is 0."""
+    return os.environ.get("CH11_XLA") != "0"
 
 
 # glibc keeps much of what is freed: it gives every thread an arena of its own, and stops returning

@@ -18,7 +18,7 @@ import itertools
 from typing import NamedTuple
 
 from ch11lib import training
-from ch11lib.backend import tf
+from ch11lib.backend import tf, xla_allowed
 import numpy as np
 from numpy.typing import ArrayLike
 import pandas as pd
@@ -460,7 +460,7 @@ def _compiled_step(kind):
     """
     each = tf.nest.map_structure
 
-    @functools.partial(tf.function, autograph=False, jit_compile=True)
+    @functools.partial(tf.function, autograph=False, jit_compile=xla_allowed())
     def step(parameters, moving, velocity, squares, x, y, rows, rates, momenta, beta):
         with tf.GradientTape() as tape:
             tape.watch(parameters)

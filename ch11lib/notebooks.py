@@ -576,17 +576,20 @@ def refresh(
 
 # ---------------------------------------------------------------------------------- publishing
 
-# JupyterLab's page as nbconvert knows it, without the scripts that only widgets and diagrams
-# need, with text alternatives (which that template forgets) and a line that fits the eye.
+# JupyterLab's page as nbconvert knows it, without scripts (formulas become MathML), with text
+# alternatives (which that template forgets) and a line that fits the eye.
 _PAGE = """\
 {%- extends 'index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block html_head_css -%}
 <style>
   main { max-width: 60rem; margin: 0 auto; padding: 0 1rem; }
   .jp-InputPrompt, .jp-OutputPrompt { display: none; }
   .jp-RenderedImage img { max-width: 100%; height: auto; }
+  .jp-RenderedText pre { word-break: normal; overflow-wrap: anywhere; }
+  math { font: 1.1em "STIX Two Math", "Cambria Math", "Latin Modern Math", math; }
   nav.series { font-family: system-ui, sans-serif; padding: 1rem 0; }
   nav.series { display: flex; justify-content: space-between; gap: 1rem; }
 </style>
@@ -626,6 +629,7 @@ _INDEX = """\
 {rows}
 </tbody>
 </table>
+{reference}
 </main>
 </body>
 </html>
@@ -659,17 +663,26 @@ def page(path: str | os.PathLike) -> Path:
 
 def _html(execution: Execution, navigation: str) -> str:
     """Convert an executed notebook to a page that needs neither a kernel nor JavaScript."""
+    from latex2mathml.converter import convert
     from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Renderer(IPythonRenderer):
+        def inline_math(self, body: str) -> str:
+            return convert(body)
+
+        def block_math(self, body: str) -> str:
+            return convert(body, display="block")
 
     class Exporter(HTMLExporter):
         def default_filters(self) -> Iterator[tuple[str, Callable]]:
             yield from super().default_filters()
-            yield "markdown2html", self.linked
+            yield "markdown2html", self.text
 
-        def linked(self, context: object, source: str) -> str:
-            return _NOTEBOOK_LINK.sub(r"\1.html", self.markdown2html(context, source))
-
-        linked.jinja_pass_arg = HTMLExporter.markdown2html.jinja_pass_arg
+        def text(self, source: str) -> str:
+            renderer = Renderer(escape=False, anchor_link_text=self.anchor_link_text)
+            text = MarkdownWithMath(renderer=renderer).render(source)
+            return _NOTEBOOK_LINK.sub(r"\1.html", text)
 
     notebook = nbformat.from_dict(execution.notebook)
     notebook.metadata.pop("widgets", None)
@@ -705,8 +718,9 @@ def _navigation(path: Path, pages: dict[Path, str]) -> str:
     return f'<nav class="series" aria-label="Notebooks">{spans}</nav>\n'
 
 
-def _index(pages: dict[Path, str], executions: dict[Path, Execution]) -> str:
-    rows = []
+def _index(pages: dict[Path, str], executions: dict[Path, Execution], html: Path) -> str:
+    rows, reference = [], "api/ch11lib.html"  # which `make docs` writes
+    link = f'<p><a href="{reference}">Reference of the library</a></p>'
     for target in sorted(pages, key=lambda p: (p.parent.name != "", p)):
         cells = ["", "", ""]
         remarks = "from an earlier run"
@@ -724,7 +738,8 @@ def _index(pages: dict[Path, str], executions: dict[Path, Execution]) -> str:
             f'<tr><td><a href="{target.as_posix()}">{escape(pages[target])}</a></td>'
             f"{numbers}<td>{remarks}</td></tr>"
         )
-    return _INDEX.format(rows="\n".join(rows))
+    link = link if (html / reference).exists() else ""
+    return _INDEX.format(rows="\n".join(rows), reference=link)
 
 
 def _remarks(execution: Execution) -> list[str]:
@@ -790,7 +805,7 @@ def run(
     finally:
         written = {t: name for t, name in pages.items() if (html / t).exists()}
         if written:
-            (html / "index.html").write_text(_index(written, executions), encoding="utf-8")
+            (html / "index.html").write_text(_index(written, executions, html), encoding="utf-8")
 
 
 def _all(folder: Path) -> list[Path]:

@@ -2,8 +2,9 @@
 
 The definition comes first: `forward` and `backward` compute the signals of a stack of dense layers
 in NumPy. The rest is for Keras models of any kind: `probe` measures the same quantities, `Recorder`
-does so during training, `dead_units` finds the units that never answer. They look and do not touch:
-weights, moving averages, optimizer state, metrics and random state are afterwards what they were.
+does so during training, `dead_units` finds the units that never answer, `diagnose` says what is
+wrong with a run. They look and do not touch: weights, moving averages, optimizer state, metrics and
+random state are afterwards what they were.
 Last, `input_gradient` shows how the gradient of a deep network loses its structure.
 
 The symbols are the same everywhere: a layer computes ``z = h_below @ w + b`` and ``h = f(z)``;
@@ -20,7 +21,7 @@ are the answer, then what is the question?, arXiv:1702.08591.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import copy
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from ch11lib.backend import keras, tf
 from ch11lib.claims import number
 import numpy as np
 import pandas as pd
-from scipy.special import expit
+from scipy.special import entr, expit, softmax
 
 # TensorFlow has no public way to save its own random state; these two modules hold it.
 from tensorflow.python.eager import context as tf_context
@@ -43,6 +44,7 @@ from tensorflow.python.ops import stateful_random_ops as tf_generators
 __all__ = [
     "Backward",
     "Distribution",
+    "Finding",
     "Forward",
     "LayerSignals",
     "Probe",
@@ -50,6 +52,7 @@ __all__ = [
     "autocorrelation",
     "backward",
     "dead_units",
+    "diagnose",
     "forward",
     "half_correlation_lag",
     "input_gradient",
@@ -1203,6 +1206,457 @@ def dead_units(
                     silent[tap.name] = silent.get(tap.name, True) & mask
                 tap.clear()
     return silent
+
+
+# ------------------------------------------------------------------ a diagnosis
+
+
+class Finding(NamedTuple):
+    """What one rule of `diagnose` has found.
+
+    Attributes
+    ----------
+    rule : str
+        Its name.
+    evidence : str
+        What was measured.
+    remedy : str
+        What to try first.
+    """
+
+    rule: str
+    evidence: str
+    remedy: str
+
+
+def diagnose(model: keras.Model, history, probe: tuple) -> list[Finding]:
+    """Say what is wrong with the training of a classifier, and what to do about it.
+
+    The rules measure in units that do not depend on the task: signals as factors per layer, steps
+    relative to the weights, units as shares of a layer, and losses against the entropy of the
+    labels, which is the loss of the best answer that ignores the input (ln 10 for ten classes,
+    equally many of each). Causes come before their consequences. The rules marked with a star are
+    asked only if nothing else was found.
+
+    ==================== ===========================================================================
+    rule                 when
+    ==================== ===========================================================================
+    loss does not fit    the cross-entropy reads the outputs as probabilities and they are none, or
+                         as logits and they are probabilities already
+    inputs not scaled    what enters the lowest layer has a root mean square above 10 or below 0.1,
+                         or is not finite; initializers count on about 1
+    labels do not fit    no better than guessing on validation data, and an example's nearest
+                         neighbour does not share its label more often than chance has it
+    not shuffled         the labels come in blocks, and the last epoch's loss is not that of the
+                         mixed batch right after it (7 % of the entropy apart), or the predictions
+                         favour some classes (a quarter of the total probability is misplaced)
+    frozen at the start  weights that are not trained and are still those that the initializer drew
+    exploding, vanishing on its way through a freshly drawn copy the signal or the gradient grows
+                         or shrinks more than twofold per layer and tenfold in all, or 100-fold
+    stale statistics     with moving statistics the loss of the batch is higher by 10 % of the
+                         entropy than with its own
+    rate too high        the loss ceased to be finite; or a fifth of the entropy is left, and the
+                         loss rose by 10 % of the entropy above where it had been, or above that of
+                         the fresh copy, or one step changes a layer by more than 1 % of its size
+    dead units           more than half of a layer's units pass no gradient for any example
+    steps too small*     a third of the entropy is left, and all the steps taken, were they as large
+                         as the next one, would change no layer by more than 5 % of its size
+    overfitting*         the validation loss has risen by 10 % of the entropy above its minimum
+    underfitting*        a third of the entropy is left on training data
+    ==================== ===========================================================================
+
+    Rules of thumb: what is reachable on a task they cannot know, so that *underfitting* may be
+    noise in the labels. The limits were chosen on small dense networks (see `ch11lib.clinic`).
+
+    Parameters
+    ----------
+    model : keras.Model
+        A compiled classifier with one output, as training left it. It is not changed.
+    history : keras.callbacks.History or mapping of str to sequence of float
+        ``loss`` by epoch; ``val_loss`` and ``learning_rate`` are used if they are there.
+    probe : tuple (x, y)
+        A few hundred examples taken from all over the training set, **in its order** and
+        preprocessed as in training. `y` holds class numbers or one-hot rows.
+
+    Returns
+    -------
+    list of Finding
+        Most severe first; empty if nothing was found.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+
+    Examples
+    --------
+    >>> keras.utils.set_random_seed(0)
+    >>> x = np.random.default_rng(0).normal(size=(200, 20)).astype("float32")
+    >>> y = (x[:, 0] > 0).astype(int)
+    >>> layers = [keras.layers.Dense(20, "relu"), keras.layers.Dense(2)]
+    >>> model = keras.Sequential([keras.Input((20,)), *layers])
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> history = model.fit(x, y, epochs=2, verbose=0)
+    >>> print(diagnose(model, history, (x, y))[0].evidence)
+    the loss takes outputs for probabilities, but they are not: a row sums to ~...
+    """
+    case = _examine(model, history, probe)
+    findings: list[Finding] = []
+    for rule, (look, remedy) in _RULES.items():
+        if findings and rule in _LAST_RESORTS:
+            continue
+        if evidence := look(case):
+            findings.append(Finding(rule, evidence, remedy))
+    return findings
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """What the rules of `diagnose` look at; losses in nats."""
+
+    model: keras.Model
+    x: np.ndarray | None  # a row for each example, if the input is one array
+    labels: np.ndarray
+    history: dict[str, np.ndarray]
+    reads: str | None  # what the loss takes its input for: "logits", "probabilities", or unknown
+    given: np.ndarray  # what the loss gets in inference, (examples, classes)
+    in_use: float  # its value in inference
+    now: Probe
+    start: Probe | None  # the same of a copy with fresh weights
+    frozen: list[str]  # layers that are not trained and still as they were drawn
+
+    @property
+    def shares(self) -> np.ndarray:
+        return np.bincount(self.labels, minlength=self.given.shape[1]) / len(self.labels)
+
+    @property
+    def entropy(self) -> float:
+        return float(entr(self.shares).sum())
+
+    @property
+    def distributions(self) -> bool:
+        """Whether the loss gets numbers from 0 to 1 that sum to 1."""
+        p = self.given
+        return bool((p >= 0).all() and np.allclose(p.sum(axis=1), 1, atol=1e-3))
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        return self.given if self.distributions else softmax(self.given, axis=1)
+
+    @property
+    def left(self) -> float:
+        """Share of the entropy that is still there: 1 is guessing, 0 is certainty."""
+        p = self.probabilities
+        chosen = p[np.arange(len(p)), self.labels]
+        return float(-np.log(np.maximum(chosen, 1e-30)).mean()) / self.entropy
+
+    @property
+    def updates(self) -> dict[str, float]:
+        """Relative sizes of the next step, layer by layer."""
+        return {
+            layer.name: layer.update_to_weight
+            for layer in self.now.layers
+            if layer.has_kernel and math.isfinite(layer.update_to_weight)
+        }
+
+
+def _examine(model, history, batch) -> _Case:
+    """Check the arguments of `diagnose` and measure what the rules need."""
+    logs = getattr(history, "history", history)
+    if not isinstance(logs, Mapping):
+        raise TypeError(f"history must be a History or a mapping, got {type(history).__name__}")
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise TypeError(f"probe must be a pair (x, y) of arrays, got {type(batch).__name__}")
+    x, y = batch
+    now = probe(model, x, y)
+    labels = _class_numbers(y)
+    x_tensor, y_tensor = _tensors(model, x, y)
+    with _untouched(model):
+        outputs = model(x_tensor, training=False)
+        if not _is_signal(outputs) or len(outputs.shape) != 2:
+            raise ValueError("model must have one output of shape (examples, classes)")
+        loss = model._compute_loss(x=x_tensor, y=y_tensor, y_pred=outputs, training=False)
+        # Where Keras's loss finds logits behind a softmax, it uses them, whatever it was told.
+        given = getattr(outputs, "_keras_logits", outputs)
+        reads = "logits" if given is not outputs else _reads(model, y_tensor, labels, outputs.shape)
+        start, frozen = _fresh_copy(model, x_tensor, y_tensor), _as_drawn(model)
+    given = given.numpy().astype(np.float64)
+    if given.shape[1] == 1:  # of two classes
+        given = np.hstack([np.zeros_like(given) if reads == "logits" else 1 - given, given])
+    if labels.max() >= given.shape[1]:
+        raise ValueError(f"y must be below {given.shape[1]}, as there are so many outputs")
+    return _Case(
+        model=model,
+        x=np.asarray(x, np.float64).reshape(len(labels), -1) if hasattr(x, "shape") else None,
+        labels=labels,
+        history={k: np.ravel(np.asarray(v, np.float64)) for k, v in logs.items()},
+        reads=reads,
+        given=given,
+        in_use=float(loss),
+        now=now,
+        start=start,
+        frozen=frozen,
+    )
+
+
+def _class_numbers(y) -> np.ndarray:
+    """Return class numbers, also of one-hot rows."""
+    labels = np.asarray(y)
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        return labels.argmax(axis=1)
+    if labels.ndim not in (1, 2) or (labels != np.round(labels)).any() or labels.min() < 0:
+        raise ValueError("y must hold class numbers or one-hot rows")
+    labels = labels.reshape(-1).astype(int)
+    if np.ptp(labels) == 0:
+        raise ValueError("y must hold examples of two classes or more")
+    return labels
+
+
+def _reads(model, y, labels, shape) -> str | None:
+    """Find out by trial what the loss is the cross-entropy of."""
+    z = np.sin(np.arange(math.prod(shape))).reshape(shape).astype(np.float32)
+    p = expit(z) if shape[1] == 1 else softmax(z, axis=1)
+    both = np.hstack([1 - p, p]) if shape[1] == 1 else p
+    if labels.max() >= both.shape[1]:
+        return None
+    expected = -np.log(both[np.arange(len(labels)), labels]).mean()
+    for kind, values in (("logits", z), ("probabilities", p)):
+        if math.isclose(float(model._compile_loss(y, tf.constant(values))), expected, rel_tol=1e-3):
+            return kind
+    return None
+
+
+def _fresh_copy(model, x, y) -> Probe | None:
+    """Probe a copy with fresh weights; None if the model cannot be copied."""
+    try:
+        fresh = keras.models.clone_model(model)
+    except (TypeError, ValueError, NotImplementedError):
+        return None
+    fresh.compile(_twin(model.optimizer), model.loss)
+    return probe(fresh, x, y)
+
+
+def _as_drawn(model) -> list[str]:
+    """Name the layers that are not trained and whose kernel is what its initializer draws."""
+    trained = {id(weight) for weight in model.trainable_variables}
+    names = []
+    for layer in _layers(model):
+        kernel, draw = vars(layer).get("_kernel"), getattr(layer, "kernel_initializer", None)
+        if (
+            kernel is None
+            or id(kernel) in trained
+            or not isinstance(getattr(draw, "seed", None), int)
+        ):
+            continue
+        if np.array_equal(draw(kernel.shape, dtype=kernel.dtype), kernel.numpy()):
+            names.append(layer.name)
+    return names
+
+
+def _loss_evidence(case: _Case) -> str:
+    if case.reads == "probabilities" and not case.distributions:
+        total = number(float(case.given[0].sum()))
+        return f"the loss takes outputs for probabilities, but they are not: a row sums to {total}"
+    if case.reads == "logits" and case.distributions:
+        return "the loss takes outputs for logits, but they are probabilities: each row sums to 1"
+    return ""
+
+
+def _input_evidence(case: _Case) -> str:
+    entering = None if case.x is None else Distribution.of(case.x).rms
+    for layer in case.now.layers:
+        if layer.has_kernel:
+            if entering is None or layer.kind == "Embedding" or 0.1 <= entering <= 10:
+                return ""
+            return f"what enters layer {layer.name} has a root mean square of {number(entering)}"
+        entering = layer.h.rms
+    return ""
+
+
+def _label_evidence(case: _Case) -> str:
+    validation = case.history.get("val_loss", np.array([case.in_use]))
+    if case.x is None or not np.nanmin(validation, initial=np.inf) > 0.9 * case.entropy:
+        return ""
+    square = np.sum(case.x**2, axis=1)
+    distance = square[:, None] + square - 2 * case.x @ case.x.T
+    np.fill_diagonal(distance, np.inf)
+    agree = float(np.mean(case.labels[distance.argmin(axis=1)] == case.labels))
+    chance = float(np.sum(case.shares**2))
+    if agree > chance + 3 * math.sqrt(chance * (1 - chance) / len(case.labels)):
+        return ""
+    return (
+        f"validation is no better than guessing, and nearest neighbours share their label in "
+        f"{number(100 * agree)} % of the cases; by chance {number(100 * chance)} % would"
+    )
+
+
+def _order_evidence(case: _Case) -> str:
+    repeats = float(np.mean(case.labels[1:] == case.labels[:-1]))
+    losses = case.history.get("loss", np.array([]))
+    # With labels in random order the share of repeats is that of the pairs that agree.
+    if not repeats > (1 + float(np.sum(case.shares**2))) / 2 or not len(losses):
+        return ""
+    jump = abs(losses[-1] - case.now.loss) > 0.07 * case.entropy
+    lopsided = 0.5 * np.abs(case.probabilities.mean(axis=0) - case.shares).sum()
+    if not jump and not lopsided > 0.25:
+        return ""
+    return (
+        f"the labels come in blocks; the last epoch reports a loss of {number(losses[-1])}, the "
+        f"mixed batch right after it has {number(case.now.loss)}, and {number(100 * lopsided)} % "
+        "of the probability goes to the wrong classes on average"
+    )
+
+
+def _frozen_evidence(case: _Case) -> str:
+    names = case.frozen
+    return f"not trained, and still as drawn by the initializer: {_listed(names)}" if names else ""
+
+
+def _drift(case: _Case) -> tuple[float, str]:
+    """Return the exponent by which signals change in a fresh copy (0 if harmless), and how."""
+    for seen in (case.start,) if case.start else ():
+        hidden = [layer for layer in seen._hidden() if layer.dz is not None and layer.z is not None]
+        upwards = [layer.z.rms for layer in hidden]
+        # Norms over all units, which do not depend on how wide the layers are.
+        downwards = [layer.dz.rms * math.sqrt(layer.dz.counts.sum()) for layer in hidden[::-1]]
+        for what, sizes in (("forward signal", upwards), ("gradient", downwards)):
+            factor = _geometric_factor(sizes)
+            if not factor > 0:
+                continue
+            power, total = abs(math.log(factor)), abs(math.log(sizes[-1] / sizes[0]))
+            if total > math.log(100) or (power > math.log(2) and total > math.log(10)):
+                return math.log(factor), (
+                    f"in a fresh copy of the model the {what} changes by a factor "
+                    f"{number(factor)} per layer, {number(sizes[-1] / sizes[0])} in all"
+                )
+    return 0.0, ""
+
+
+def _exploding_evidence(case: _Case) -> str:
+    exponent, evidence = _drift(case)
+    return evidence if exponent > 0 else ""
+
+
+def _vanishing_evidence(case: _Case) -> str:
+    exponent, evidence = _drift(case)
+    return evidence if exponent < 0 else ""
+
+
+def _statistics_evidence(case: _Case) -> str:
+    moving = any("moving" in variable.name for variable in case.model.non_trainable_variables)
+    if not moving or not case.in_use - case.now.loss > 0.1 * case.entropy:
+        return ""
+    return (
+        f"the batch has a loss of {number(case.now.loss)} with its own statistics, of "
+        f"{number(case.in_use)} with the moving ones"
+    )
+
+
+def _high_evidence(case: _Case) -> str:
+    losses = case.history.get("loss", np.array([]))
+    broken = case.now._broken_layer()
+    if broken or not np.isfinite([*losses, case.now.loss]).all():
+        return f"not finite: {f'a signal in layer {broken}' if broken else 'the loss'}"
+    if not case.left > 0.2:
+        return ""
+    losses = np.append(losses, case.now.loss)
+    lowest = np.minimum.accumulate(losses)
+    rise = int(np.argmax(losses - lowest))
+    if losses[rise] - lowest[rise] > 0.1 * case.entropy:
+        return f"the training loss rose from {number(lowest[rise])} to {number(losses[rise])}"
+    if case.start and losses.max() > case.start.loss + 0.1 * case.entropy:
+        return (
+            f"the training loss rose to {number(losses.max())}; a fresh copy of the model has "
+            f"{number(case.start.loss)}"
+        )
+    fastest = max(case.updates, key=case.updates.get, default=None)
+    if fastest and case.updates[fastest] > 0.01:
+        return (
+            f"after training, one step still changes {fastest} by "
+            f"{number(100 * case.updates[fastest])} % of its size"
+        )
+    return ""
+
+
+def _dead_evidence(case: _Case) -> str:
+    dead = {layer.name: layer.dead for layer in case.now.layers if layer.dead > 0.5}
+    if not dead:
+        return ""
+    worst = max(dead, key=dead.get)
+    return f"{number(100 * dead[worst])} % of the units in {worst} pass no gradient for any example"
+
+
+def _small_evidence(case: _Case) -> str:
+    steps = int(case.model.optimizer.iterations.numpy())
+    largest = max(case.updates.values(), default=math.nan)
+    if not (case.left > 1 / 3 and steps * largest < 0.05):
+        return ""
+    evidence = f"{steps} steps of the present size change no layer by more than "
+    evidence += f"{number(100 * steps * largest)} % of its size"
+    rates = case.history.get("learning_rate", np.array([]))
+    if len(rates) and rates[-1] < 0.01 * rates.max():
+        evidence += f"; the rate fell from {number(rates.max())} to {number(rates[-1])}"
+    return evidence
+
+
+def _overfitting_evidence(case: _Case) -> str:
+    losses = case.history.get("val_loss", np.array([]))
+    losses = losses[~np.isnan(losses)]
+    if not len(losses) or not losses[-1] - losses.min() > 0.1 * case.entropy:
+        return ""
+    return f"the validation loss rose from {number(losses.min())} to {number(losses[-1])}"
+
+
+def _underfitting_evidence(case: _Case) -> str:
+    if not case.left > 1 / 3:
+        return ""
+    return f"{number(100 * case.left)} % of the entropy of the labels is left on training data"
+
+
+_RULES: dict[str, tuple[Callable[[_Case], str], str]] = {
+    "loss does not fit": (
+        _loss_evidence,
+        "let the last layer put out logits, and tell the loss: from_logits=True",
+    ),
+    "inputs not scaled": (
+        _input_evidence,
+        "standardize the inputs: subtract the mean, divide by the standard deviation",
+    ),
+    "labels do not fit": (
+        _label_evidence,
+        "look at examples with their labels; shuffle x and y with the same permutation",
+    ),
+    "not shuffled": (_order_evidence, "shuffle the training data in every epoch"),
+    "frozen at the start": (
+        _frozen_evidence,
+        "set trainable = True before compile, or load the weights that were meant to be there",
+    ),
+    "exploding": (
+        _exploding_evidence,
+        "smaller initial weights (He for ReLU, LeCun for SELU), or batch normalization",
+    ),
+    "vanishing": (
+        _vanishing_evidence,
+        "an activation that does not saturate with its initializer (ReLU and He), or batch "
+        "normalization",
+    ),
+    "stale statistics": (
+        _statistics_evidence,
+        "a lower momentum of the moving statistics, or more steps",
+    ),
+    "rate too high": (_high_evidence, "a tenth of the learning rate, or a warm-up; clip gradients"),
+    "dead units": (
+        _dead_evidence,
+        "biases that start at 0, a lower learning rate, or an activation that is never flat",
+    ),
+    "steps too small": (_small_evidence, "a higher learning rate, or a schedule that falls later"),
+    "overfitting": (
+        _overfitting_evidence,
+        "stop at the minimum, more data or augmentation, dropout, weight decay",
+    ),
+    "underfitting": (_underfitting_evidence, "a wider or deeper network, more epochs"),
+}
+_LAST_RESORTS = {"steps too small", "overfitting", "underfitting"}
 
 
 # ------------------------------------------------------------------ shattered gradients

@@ -28,13 +28,12 @@ import functools
 import gc
 import inspect
 import json
-import os
 import threading
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 import weakref
 
-from ch11lib.backend import keras, tf, trim_memory
+from ch11lib.backend import keras, tf, trim_memory, xla_allowed
 import numpy as np
 
 __all__ = [
@@ -321,10 +320,8 @@ def xla_pays(model: keras.Model, steps: int) -> bool:
     >>> xla_pays(model, steps=100), xla_pays(model, steps=1_000_000)
     (False, True)
     """
-    if os.environ.get("CH11_XLA") == "0":
-        return False
     draws = any(v.name == "seed_generator_state" for v in model.variables)
-    return steps >= XLA_BREAK_EVEN_STEPS and not draws
+    return xla_allowed() and steps >= XLA_BREAK_EVEN_STEPS and not draws
 
 
 def describe(model: keras.Model) -> str:

@@ -105,6 +105,13 @@ def test_ci_runs_make_test_in_an_environment_of_its_own():
     subprocess.run(["bash", "-n", script], check=True)
 
 
+def test_workflow_runs_make_test_and_nothing_else():
+    (job,) = yaml.safe_load(_text(".github/workflows/test.yml"))["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make test"]
+    (python,) = [step["with"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
+    assert python == {"python-version": PROJECT["requires-python"].removeprefix(">=")}
+
+
 # ------------------------------------------------------------------------------------- documents
 
 
@@ -123,7 +130,7 @@ def _commands():
 def test_commands_in_the_documents_exist(command):
     words = shlex.split(re.sub(r"^(\w+=\S+ )+", "", command).replace("\\", "/"))
     if words[0] == "make":
-        targets = re.findall(r"^([a-z]+):", _text("Makefile"), flags=re.MULTILINE)
+        targets = re.findall(r"^([a-z-]+):", _text("Makefile"), flags=re.MULTILINE)
         assert words[1] in targets
     elif words[0] in ("py", "python3"):
         assert words[1:] == ["-m", "venv", ".venv"]
@@ -243,7 +250,7 @@ INSTALL = "-m pip --disable-pip-version-check install -e"
 @needs_make
 def test_make_alone_lists_its_targets(project):
     out = _make(project).stdout
-    for target in ("help", "run", "test", "lab", "refresh", "clean"):
+    for target in ("help", "run", "test", "test-numerics", "lab", "refresh", "docs", "clean"):
         assert re.search(rf"^make {target} +\w", out, re.MULTILINE), target
     assert not (project / ".venv").exists()
 
@@ -267,6 +274,33 @@ def test_make_lab(project):
         f"{INSTALL} .[lab]",
         "-m jupyterlab notebooks/00_start_here.ipynb",
     ]
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("target", "extra", "command"),
+    [
+        ("docs", "docs", "docs/reference.py build/html/api"),
+        ("test-browser", "browser", "-m pytest -o addopts= -ra tests/browser"),
+    ],
+)
+def test_make_of_one_command(project, target, extra, command):
+    assert _make(project, target).returncode == 0
+    assert _log(project)[1:] == [f"{INSTALL} .[{extra}]", command]
+
+
+@needs_make
+def test_make_test_numerics_varies_one_thing_at_a_time(project):
+    (project / "notebooks" / "01_a.ipynb").touch()
+    python = project / ".venv" / "bin" / "python"
+    _make(project, "test")
+    names = ("CH11_SEED", "CH11_XLA", "TF_ENABLE_ONEDNN_OPTS", "OMP_NUM_THREADS")
+    _program(python, " ".join(["echo", *(f'"${{{name}-}}"' for name in names), ">> varied"]))
+    assert _make(project, "test-numerics").returncode == 0
+    runs = [line.split(" ") for line in (project / "varied").read_text().splitlines()]
+    assert runs == [["", "", "1", ""], ["", "0", "0", ""], ["1", "", "0", ""], ["", "", "0", "1"]]
+    _program(python, "exit 5")
+    assert _make(project, "test-numerics").returncode != 0
 
 
 @needs_make

@@ -1571,7 +1571,9 @@ def test_xla_is_used_where_it_pays(monkeypatch):
     for epochs, hidden in ((1, Dense(4)), (2, Dense(4)), (2, layers.Dropout(0.1))):
         fit(network(hidden), X, Y, epochs=epochs, batch_size=BATCH)
     fit(network(), X, Y, epochs=1, jit_compile=True)
-    assert asked == [False, True, False, True]
+    monkeypatch.setenv("CH11_XLA", "0")
+    fit(network(), X, Y, epochs=2, batch_size=BATCH)
+    assert asked == [False, True, False, True, False]
 
 
 def test_output(capsys):
