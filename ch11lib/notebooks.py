@@ -589,13 +589,21 @@ _PAGE = """\
   .jp-InputPrompt, .jp-OutputPrompt { display: none; }
   .jp-RenderedImage img { max-width: 100%; height: auto; }
   .jp-RenderedText pre { word-break: normal; overflow-wrap: anywhere; }
+  .jp-RenderedHTMLCommon a:link { text-decoration: underline; }
+  div.highlight .m, div.highlight [class^="m"] { color: #007000; }  /* the theme's are too pale */
+  div.highlight .o, div.highlight .ow { color: #8a1bd1; }
+  div.highlight [class^="c"] { color: #306a6a; }
   math { font: 1.1em "STIX Two Math", "Cambria Math", "Latin Modern Math", math; }
   nav.series { font-family: system-ui, sans-serif; padding: 1rem 0; }
   nav.series { display: flex; justify-content: space-between; gap: 1rem; }
 </style>
 {%- endblock -%}
-{%- block body_header -%}{{ super() }}{{ resources.navigation }}{%- endblock -%}
-{%- block body_footer -%}{{ resources.navigation }}{{ super() }}{%- endblock -%}
+{%- block body_header -%}
+{{ super() }}{{ resources.navigation | replace("@", "above") }}
+{%- endblock -%}
+{%- block body_footer -%}
+{{ resources.navigation | replace("@", "below") }}{{ super() }}
+{%- endblock -%}
 {%- block data_png scoped -%}
 <div class="jp-RenderedImage jp-OutputArea-output {{ extra_class }}">
 <img src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"
@@ -614,6 +622,7 @@ _INDEX = """\
 <title>Training deep neural networks</title>
 <style>
   body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+  div[role=region] {{ overflow-x: auto; }}
   td, th {{ padding: 0.2rem 1rem 0.2rem 0; text-align: left; vertical-align: top; }}
   td.number, th.number {{ text-align: right; }}
 </style>
@@ -621,6 +630,7 @@ _INDEX = """\
 <body>
 <main>
 <h1>Training deep neural networks</h1>
+<div role="region" aria-label="Notebooks" tabindex="0">
 <table>
 <thead><tr><th scope="col">Notebook</th><th scope="col" class="number">Seconds</th>
 <th scope="col" class="number">Peak memory, MB</th><th scope="col" class="number">Claims that hold</th>
@@ -629,6 +639,7 @@ _INDEX = """\
 {rows}
 </tbody>
 </table>
+</div>
 {reference}
 </main>
 </body>
@@ -715,7 +726,7 @@ def _navigation(path: Path, pages: dict[Path, str]) -> str:
         "".join(f'<a rel="next" href="{p.name}">{escape(pages[p])} &rarr;</a>' for p in after),
     ]
     spans = "".join(f"<span>{part}</span>" for part in parts)
-    return f'<nav class="series" aria-label="Notebooks">{spans}</nav>\n'
+    return f'<nav class="series" aria-label="Notebooks, @">{spans}</nav>\n'
 
 
 def _index(pages: dict[Path, str], executions: dict[Path, Execution], html: Path) -> str:
