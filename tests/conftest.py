@@ -4,12 +4,15 @@ The environment is inherited by the kernels that nbval and the tests of `ch11lib
 so whatever only unit tests need is set in this process and not in the environment.
 """
 
+import contextlib
 import os
 import random
 import sys
+import threading
 
 import matplotlib
 import numpy as np
+import psutil
 import pytest
 
 # The same as in ch11lib.notebooks: what the committed outputs were made with.
@@ -47,9 +50,46 @@ class IgnoreStderr:
             collector.skip_compare = (*compared, "stderr")
 
 
+class MemoryLimit(threading.Thread):
+    """Kill kernels that take more memory than Binder leaves them, as Binder would.
+
+    It grants 2 GB, of which JupyterLab itself takes less than 0.2.
+    """
+
+    def __init__(self, limit):
+        super().__init__(daemon=True)
+        self.limit, self.killed, self._over = limit, 0, threading.Event()
+
+    def run(self):
+        while not self._over.wait(0.2):
+            for kernel in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    processes = [kernel, *kernel.children(recursive=True)]
+                    if sum(p.memory_info().rss for p in processes) > self.limit:
+                        kernel.kill()
+                        self.killed += 1
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self):
+        report = (yield).get_result()
+        if self.killed and report.failed:
+            limit = f"{self.limit / 1e9:g} GB"
+            report.sections.append(("memory", f"a kernel took more than {limit} and was killed"))
+
+    def pytest_unconfigure(self):
+        self._over.set()
+
+
 def pytest_configure(config):
     if os.environ.get("CH11_IGNORE_STDERR") == "1":
         config.pluginmanager.register(IgnoreStderr(), "ch11-ignore-stderr")
+    distributes = getattr(config.option, "numprocesses", None) and not hasattr(
+        config, "workerinput"
+    )
+    if config.getoption("nbval", default=False) and not distributes:
+        watch = MemoryLimit(float(os.environ.get("CH11_KERNEL_MEMORY", 1.8e9)))
+        config.pluginmanager.register(watch, "ch11-memory-limit")
+        watch.start()
 
 
 def pytest_terminal_summary(terminalreporter):

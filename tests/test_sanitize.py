@@ -1,4 +1,4 @@
-"""What `nbval_sanitize.cfg` hides from comparison, and what it must leave to be compared."""
+"""What nbval compares and what `nbval_sanitize.cfg` hides from it; what else our conftest adds."""
 
 import os
 from pathlib import Path
@@ -96,11 +96,11 @@ def test_numbers_that_are_not_finite_stay_visible(x):
     assert sanitize(number(x)) == number(x)
 
 
-def nbval(folder, *notebooks, **environment):
+def nbval(folder, *notebooks, seconds=60, **environment):
     """Run ``pytest --nbval`` as ``make test`` does; return the finished process."""
     root = Path(__file__).parents[1]
     options = [
-        *("-q", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=60"),
+        *("-q", "--nbval", "--nbval-current-env", f"--nbval-cell-timeout={seconds}"),
         *(f"--nbval-sanitize-with={CONFIG}", "-p", "no:cacheprovider"),
         *("-c", str(root / "pyproject.toml"), "--rootdir", str(root), "-o", "addopts="),
     ]
@@ -139,3 +139,12 @@ def test_nbval_with_the_file_and_our_conftest(tmp_path):
     # On a stack that is not the pinned one, a new warning may be let through, and only that.
     result = nbval(tmp_path, "warns.ipynb", "bare.ipynb", CH11_IGNORE_STDERR="1")
     assert result.stdout.startswith(".F"), result.stdout + result.stderr
+
+
+def test_a_kernel_that_takes_too_much_memory_is_killed(tmp_path):
+    write(tmp_path / "large.ipynb", "x = b'1' * 200_000_000\nimport time\ntime.sleep(2)")
+    result = nbval(tmp_path, "large.ipynb", CH11_KERNEL_MEMORY="1e9")
+    assert result.returncode == 0, result.stdout + result.stderr
+    result = nbval(tmp_path, "large.ipynb", CH11_KERNEL_MEMORY="2e8", seconds=10)
+    assert result.returncode == 1
+    assert "a kernel took more than 0.2 GB and was killed" in result.stdout
