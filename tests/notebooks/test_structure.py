@@ -761,3 +761,11 @@ def test_no_reason_is_left_behind():
 
 def test_all_notebooks_together_are_small():
     assert sum(path.stat().st_size for path in PATHS) < 5_000_000
+
+
+def test_start_page_lists_every_notebook_and_all_older_code():
+    texts = {path.name: path.read_text(encoding="utf-8") for path in PATHS if path.parent == FOLDER}
+    (start,) = [texts.pop(name) for name in list(texts) if name.startswith("00_")]
+    older = {name for name, text in texts.items() if "## Older code you will meet" in text}
+    assert set(re.findall(r"\(([^()#]+)#Older-code-you-will-meet\)", start)) == older
+    assert set(re.findall(r"\| \w+ \[[^]]+\]\(([^()]+\.ipynb)\)", start)) == set(texts)
