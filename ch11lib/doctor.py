@@ -27,11 +27,6 @@ _OPTIONAL = (
     ("nbval", "for the tests", '-e ".[test]"'),
     ("nbgrader", "for the assignments", '-e ".[course]"'),
     ("dask", "to spread experiments over several machines", '"dask[distributed]"'),
-    (
-        "tensorflow-model-optimization",
-        "for one section of notebook 09",
-        "tensorflow-model-optimization tf-keras",
-    ),
 )
 
 

@@ -34,7 +34,7 @@ class Fleet:
     weights and a momentum of its moving statistics, in all combinations of what is given. Networks
     of the same seed start from the same weights, up to the scale, and see the same batches in the
     same order, also in another fleet. They learn by gradient descent on the cross-entropy, plain or
-    with momentum, or by Adam.
+    with momentum, or by Adam. Weights can be held at zero: `mask`.
 
     Hidden weights are normal with standard deviation ``scale * sqrt(gain / inputs)``; the output
     layer has gain 1, and no scale. Biases and beta start at 0, gamma at 1. A normalized layer has
@@ -163,6 +163,7 @@ class Fleet:
         if adam or callable(inertia) or inertia:
             self._velocity = tf.nest.map_structure(tf.zeros_like, self._parameters)
         self._squares = self._velocity if adam else {}
+        self._masks = {}
 
     def _each(self, column: str) -> np.ndarray:
         """Return a setting of every network so that it broadcasts against their weights."""
@@ -223,6 +224,37 @@ class Fleet:
                     parts[name][key] = tf.constant(stacked)
         if len(kernels) > hidden:
             parts["last"] = {"w": tf.constant(kernels[-1]), "shift": tf.constant(biases[-1])}
+
+    def kernels(self) -> list[np.ndarray]:
+        """Return the weights of all layers from the bottom, each ``(networks, inputs, units)``."""
+        parts = self._parameters
+        return [w.numpy() for w in (parts["first"]["w"], *parts["hidden"]["w"], parts["last"]["w"])]
+
+    def mask(self, masks: Sequence[ArrayLike]) -> None:
+        """Set weights to zero, and hold these zeros in later training.
+
+        Parameters
+        ----------
+        masks : list of arrays
+            For every layer from the bottom, what to keep: booleans in the shapes of `kernels`. They
+            replace the masks of an earlier call, whose zeros may then change again.
+
+        Examples
+        --------
+        >>> fleet = Fleet(1, 2, seeds=[0, 1], rates=[0.1], inputs=2, classes=2)
+        >>> fleet.mask([abs(w) > 0.5 for w in fleet.kernels()])
+        >>> all((abs(w[w != 0]) > 0.5).all() for w in fleet.kernels())
+        True
+        """
+        expected, found = [w.shape for w in self.kernels()], [np.shape(m) for m in masks]
+        if found != expected:
+            raise ValueError(f"masks must have shapes {expected}, received {found}")
+        first, *hidden, last = (np.asarray(m, np.float32) for m in masks)
+        hidden = np.stack(hidden) if hidden else self._parameters["hidden"]["w"]
+        self._masks = {
+            n: tf.constant(m) for n, m in zip(_PARTS, (first, hidden, last), strict=True)
+        }
+        self._parameters = _masked(self._parameters, self._masks)
 
     def train(
         self,
@@ -287,6 +319,7 @@ class Fleet:
                 rates[i],
                 momenta,
                 betas[i],
+                self._masks,
             )
             losses[i] = loss.numpy()  # a copy: kept tensors would fragment the memory
         self._steps += steps
@@ -375,6 +408,9 @@ class Fleet:
         return np.sqrt(np.mean(errors**2, axis=(2, 3))).T
 
 
+_PARTS = ("first", "hidden", "last")
+
+
 class _Kind(NamedTuple):
     """What is built into the graph of a fleet."""
 
@@ -421,6 +457,13 @@ def _start(inputs, width, depth, classes, gain, seed):
     return np.sqrt(gain) * first, np.sqrt(gain) * hidden, last
 
 
+def _masked(parameters, masks):
+    """Return the parameters with weights of zero where a mask is zero."""
+    return parameters | {
+        part: parameters[part] | {"w": parameters[part]["w"] * mask} for part, mask in masks.items()
+    }
+
+
 def _cross_entropy(y, logits):
     """Return the mean over the batch, per network."""
     y = tf.broadcast_to(y, tf.shape(logits)[:2])
@@ -452,7 +495,7 @@ def _forward(kind, parameters, moving, x, training):
     return logits, {"first": first, "hidden": hidden}
 
 
-@functools.lru_cache(maxsize=64)  # as many as `training` keeps
+@functools.lru_cache(maxsize=16)
 def _compiled_step(kind):
     """Return a training step of fleets of one kind.
 
@@ -461,7 +504,7 @@ def _compiled_step(kind):
     each = tf.nest.map_structure
 
     @functools.partial(tf.function, autograph=False, jit_compile=xla_allowed())
-    def step(parameters, moving, velocity, squares, x, y, rows, rates, momenta, beta):
+    def step(parameters, moving, velocity, squares, x, y, rows, rates, momenta, beta, masks):
         with tf.GradientTape() as tape:
             tape.watch(parameters)
             logits, seen = _forward(kind, parameters, moving, tf.gather(x, rows), True)
@@ -479,7 +522,11 @@ def _compiled_step(kind):
             parameters = each(tf.add, parameters, velocity)
         else:
             parameters = each(lambda v, g: v - rates * g, parameters, slopes)
+        parameters = _masked(parameters, masks)
         moving = each(lambda m, s: momenta * m + (1 - momenta) * s, moving, seen)
         return loss, parameters, moving, velocity, squares
 
     return step
+
+
+training.forget_elsewhere.append(_compiled_step.cache_clear)

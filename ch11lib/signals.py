@@ -1235,8 +1235,9 @@ def diagnose(model: keras.Model, history, probe: tuple) -> list[Finding]:
     The rules measure in units that do not depend on the task: signals as factors per layer, steps
     relative to the weights, units as shares of a layer, and losses against the entropy of the
     labels, which is the loss of the best answer that ignores the input (ln 10 for ten classes,
-    equally many of each). Causes come before their consequences. The rules marked with a star are
-    asked only if nothing else was found.
+    equally many of each). Causes come before their consequences. Rules with a dagger are silent if
+    less than a fifth of the entropy is left on the batch: the run was a success all the same. Rules
+    with a star are asked only if nothing else was found.
 
     ==================== ===========================================================================
     rule                 when
@@ -1251,14 +1252,15 @@ def diagnose(model: keras.Model, history, probe: tuple) -> list[Finding]:
                          mixed batch right after it (7 % of the entropy apart), or the predictions
                          favour some classes (a quarter of the total probability is misplaced)
     frozen at the start  weights that are not trained and are still those that the initializer drew
-    exploding, vanishing on its way through a freshly drawn copy the signal or the gradient grows
-                         or shrinks more than twofold per layer and tenfold in all, or 100-fold
+    exploding†           on its way through an untrained copy the signal or the gradient grows
+                         more than twofold per layer and tenfold in all, or a hundredfold in all
+    vanishing†           the same downwards
+    rate too high†       the loss ceased to be finite; or it rose by 10 % of the entropy above where
+                         it had been or above that of an untrained copy; or one step changes a layer
+                         by more than 1 % of its size
     stale statistics     with moving statistics the loss of the batch is higher by 10 % of the
                          entropy than with its own
-    rate too high        the loss ceased to be finite; or a fifth of the entropy is left, and the
-                         loss rose by 10 % of the entropy above where it had been, or above that of
-                         the fresh copy, or one step changes a layer by more than 1 % of its size
-    dead units           more than half of a layer's units pass no gradient for any example
+    dead units†          more than half of a layer's units pass no gradient for any example
     steps too small*     a third of the entropy is left, and all the steps taken, were they as large
                          as the next one, would change no layer by more than 5 % of its size
     overfitting*         the validation loss has risen by 10 % of the entropy above its minimum
@@ -1298,7 +1300,7 @@ def diagnose(model: keras.Model, history, probe: tuple) -> list[Finding]:
     >>> model.compile("adam", "sparse_categorical_crossentropy")
     >>> history = model.fit(x, y, epochs=2, verbose=0)
     >>> print(diagnose(model, history, (x, y))[0].evidence)
-    the loss takes outputs for probabilities, but they are not: a row sums to ~...
+    the loss takes outputs for probabilities, but they reach from ~-... to ~...
     """
     case = _examine(model, history, probe)
     findings: list[Finding] = []
@@ -1322,7 +1324,7 @@ class _Case:
     given: np.ndarray  # what the loss gets in inference, (examples, classes)
     in_use: float  # its value in inference
     now: Probe
-    start: Probe | None  # the same of a copy with fresh weights
+    start: Probe | None  # the same before training
     frozen: list[str]  # layers that are not trained and still as they were drawn
 
     @property
@@ -1345,10 +1347,19 @@ class _Case:
 
     @property
     def left(self) -> float:
-        """Share of the entropy that is still there: 1 is guessing, 0 is certainty."""
-        p = self.probabilities
-        chosen = p[np.arange(len(p)), self.labels]
+        """Share of the entropy that is still there: 1 is guessing, 0 is certainty.
+
+        Of outputs that are no probabilities, the same share of the errors.
+        """
+        if self.reads != "logits" and not self.distributions:
+            wrong = np.mean(self.given.argmax(axis=1) != self.labels)
+            return float(wrong / (1 - self.shares.max()))
+        chosen = self.probabilities[np.arange(len(self.labels)), self.labels]
         return float(-np.log(np.maximum(chosen, 1e-30)).mean()) / self.entropy
+
+    @property
+    def struggles(self) -> bool:
+        return not self.left < 0.2  # NaN struggles
 
     @property
     def updates(self) -> dict[str, float]:
@@ -1427,36 +1438,42 @@ def _reads(model, y, labels, shape) -> str | None:
 
 
 def _fresh_copy(model, x, y) -> Probe | None:
-    """Probe a copy with fresh weights; None if the model cannot be copied."""
+    """Probe a copy with weights as they were before training; None if it cannot be copied."""
     try:
         fresh = keras.models.clone_model(model)
     except (TypeError, ValueError, NotImplementedError):
         return None
-    fresh.compile(_twin(model.optimizer), model.loss)
+    for layer, copied in zip(_layers(model), _layers(fresh), strict=True):
+        if (drawn := _drawn(layer)) is not None:
+            copied.kernel.assign(drawn)
+    fresh.compile("sgd", model.loss)  # no step of it is looked at
     return probe(fresh, x, y)
 
 
 def _as_drawn(model) -> list[str]:
     """Name the layers that are not trained and whose kernel is what its initializer draws."""
     trained = {id(weight) for weight in model.trainable_variables}
-    names = []
-    for layer in _layers(model):
-        kernel, draw = vars(layer).get("_kernel"), getattr(layer, "kernel_initializer", None)
-        if (
-            kernel is None
-            or id(kernel) in trained
-            or not isinstance(getattr(draw, "seed", None), int)
-        ):
-            continue
-        if np.array_equal(draw(kernel.shape, dtype=kernel.dtype), kernel.numpy()):
-            names.append(layer.name)
-    return names
+    return [
+        layer.name
+        for layer in _layers(model)
+        if (drawn := _drawn(layer)) is not None
+        and id(layer.kernel) not in trained
+        and np.array_equal(drawn, layer.kernel.numpy())
+    ]
+
+
+def _drawn(layer) -> np.ndarray | None:
+    """Return the initial kernel of a layer: Keras's initializers draw the same again."""
+    kernel, draw = vars(layer).get("_kernel"), getattr(layer, "kernel_initializer", None)
+    if kernel is None or not isinstance(getattr(draw, "seed", None), int):
+        return None
+    return draw(kernel.shape, dtype=kernel.dtype).numpy()
 
 
 def _loss_evidence(case: _Case) -> str:
     if case.reads == "probabilities" and not case.distributions:
-        total = number(float(case.given[0].sum()))
-        return f"the loss takes outputs for probabilities, but they are not: a row sums to {total}"
+        low, high = number(float(case.given.min())), number(float(case.given.max()))
+        return f"the loss takes outputs for probabilities, but they reach from {low} to {high}"
     if case.reads == "logits" and case.distributions:
         return "the loss takes outputs for logits, but they are probabilities: each row sums to 1"
     return ""
@@ -1514,7 +1531,7 @@ def _frozen_evidence(case: _Case) -> str:
 
 def _drift(case: _Case) -> tuple[float, str]:
     """Return the exponent by which signals change in a fresh copy (0 if harmless), and how."""
-    for seen in (case.start,) if case.start else ():
+    for seen in (case.start,) if case.start and case.struggles else ():
         hidden = [layer for layer in seen._hidden() if layer.dz is not None and layer.z is not None]
         upwards = [layer.z.rms for layer in hidden]
         # Norms over all units, which do not depend on how wide the layers are.
@@ -1526,7 +1543,7 @@ def _drift(case: _Case) -> tuple[float, str]:
             power, total = abs(math.log(factor)), abs(math.log(sizes[-1] / sizes[0]))
             if total > math.log(100) or (power > math.log(2) and total > math.log(10)):
                 return math.log(factor), (
-                    f"in a fresh copy of the model the {what} changes by a factor "
+                    f"in an untrained copy the {what} changes by a factor "
                     f"{number(factor)} per layer, {number(sizes[-1] / sizes[0])} in all"
                 )
     return 0.0, ""
@@ -1557,18 +1574,18 @@ def _high_evidence(case: _Case) -> str:
     broken = case.now._broken_layer()
     if broken or not np.isfinite([*losses, case.now.loss]).all():
         return f"not finite: {f'a signal in layer {broken}' if broken else 'the loss'}"
-    if not case.left > 0.2:
+    if not case.struggles:
         return ""
-    losses = np.append(losses, case.now.loss)
-    lowest = np.minimum.accumulate(losses)
-    rise = int(np.argmax(losses - lowest))
-    if losses[rise] - lowest[rise] > 0.1 * case.entropy:
-        return f"the training loss rose from {number(lowest[rise])} to {number(losses[rise])}"
-    if case.start and losses.max() > case.start.loss + 0.1 * case.entropy:
-        return (
-            f"the training loss rose to {number(losses.max())}; a fresh copy of the model has "
-            f"{number(case.start.loss)}"
-        )
+    if len(losses):
+        lowest = np.minimum.accumulate(losses)
+        rise = int(np.argmax(losses - lowest))
+        if losses[rise] - lowest[rise] > 0.1 * case.entropy:
+            return f"the training loss rose from {number(lowest[rise])} to {number(losses[rise])}"
+        if case.start and losses.max() > case.start.loss + 0.1 * case.entropy:
+            return (
+                f"the training loss rose to {number(losses.max())}; an untrained copy has "
+                f"{number(case.start.loss)}"
+            )
     fastest = max(case.updates, key=case.updates.get, default=None)
     if fastest and case.updates[fastest] > 0.01:
         return (
@@ -1580,7 +1597,7 @@ def _high_evidence(case: _Case) -> str:
 
 def _dead_evidence(case: _Case) -> str:
     dead = {layer.name: layer.dead for layer in case.now.layers if layer.dead > 0.5}
-    if not dead:
+    if not dead or not case.struggles or not math.isfinite(case.now.loss):
         return ""
     worst = max(dead, key=dead.get)
     return f"{number(100 * dead[worst])} % of the units in {worst} pass no gradient for any example"
@@ -1640,11 +1657,11 @@ _RULES: dict[str, tuple[Callable[[_Case], str], str]] = {
         "an activation that does not saturate with its initializer (ReLU and He), or batch "
         "normalization",
     ),
+    "rate too high": (_high_evidence, "a tenth of the learning rate, or a warm-up; clip gradients"),
     "stale statistics": (
         _statistics_evidence,
         "a lower momentum of the moving statistics, or more steps",
     ),
-    "rate too high": (_high_evidence, "a tenth of the learning rate, or a warm-up; clip gradients"),
     "dead units": (
         _dead_evidence,
         "biases that start at 0, a lower learning rate, or an activation that is never flat",

@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 from ch11lib import training
-from ch11lib.backend import keras, tf
+from ch11lib.backend import keras, tf, xla_allowed
 import joblib
 import numpy as np
 from numpy.typing import ArrayLike
@@ -29,6 +29,15 @@ __all__ = [
 ]
 
 # ---------------------------------------------------------------------------- many runs, row by row
+
+
+def _rates(rates) -> np.ndarray:
+    rates = np.asarray(rates, dtype=np.float32)
+    if rates.ndim != 1 or not rates.size or not (np.isfinite(rates) & (rates >= 0)).all():
+        raise ValueError(
+            f"rates must be one or more finite numbers of 0 or more; received {rates.tolist()}"
+        )
+    return rates
 
 
 class RatePerRow(keras.optimizers.schedules.LearningRateSchedule):
@@ -52,7 +61,7 @@ class RatePerRow(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, rates: ArrayLike):
-        self.rates = np.asarray(rates, dtype=np.float32).reshape(-1, 1)
+        self.rates = _rates(rates).reshape(-1, 1)
 
     def __call__(self, step):
         """Return the rates, shape (rows, 1), at any step."""
@@ -110,6 +119,12 @@ def train_rows(
     -------
     dict of str to Rows
 
+    Raises
+    ------
+    ValueError
+        If there is no optimizer, `theta` is no matrix, there is not one rate for each of its rows,
+        or `steps` is below 1.
+
     Examples
     --------
     >>> curvatures = np.array([1.0, 10.0], dtype="float32")
@@ -123,6 +138,15 @@ def train_rows(
     >>> [f"{loss:.1g}" for loss in runs["sgd"].losses[-1]]
     ['0.009', '1e+12']
     """
+    if not optimizers:
+        raise ValueError("optimizers must hold at least one, received none")
+    if np.ndim(theta) != 2 or np.shape(theta)[:1] != np.shape(rates):
+        raise ValueError(
+            "theta must have shape (rows, parameters), and rates one number for each row; "
+            f"received shapes {np.shape(theta)} and {np.shape(rates)}"
+        )
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, received {steps}")
     entries = []
     for make in optimizers.values():  # in one thread: Keras names things by global counters
         variable = keras.Variable(np.asarray(theta), dtype="float32")
@@ -131,7 +155,7 @@ def train_rows(
         entries.append((variable, optimizer))
 
     def train(variable, optimizer):
-        @functools.partial(tf.function, autograph=False, jit_compile=True)
+        @functools.partial(tf.function, autograph=False, jit_compile=xla_allowed())
         def update(g):
             optimizer.apply([g], [variable])
 
@@ -196,16 +220,31 @@ class DenseRows:
         steps: int,
         batch_size: int = 32,
     ):
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise ValueError(f"sizes must be two or more positive numbers, received {sizes}")
+        if np.ndim(x) != 2 or np.shape(x)[1] != sizes[0] or np.shape(y) != np.shape(x)[:1]:
+            raise ValueError(
+                f"x must have shape (n, {sizes[0]}), as sizes begin, and y shape (n,); "
+                f"received {np.shape(x)} and {np.shape(y)}"
+            )
+        if not 1 <= batch_size <= len(x):
+            raise ValueError(
+                f"batch_size must be from 1 to {len(x)}, the examples; received {batch_size}"
+            )
+        if steps < 1 or not len(seeds):
+            raise ValueError(
+                f"steps must be at least 1, and seeds not empty; received {steps} and {seeds}"
+            )
         self._sizes = list(itertools.pairwise(sizes))
         self._shape = len(rates), len(seeds)
         self.theta = np.tile([self._start(seed) for seed in seeds], (len(rates), 1))
-        self.rates = np.repeat(np.asarray(rates, dtype=np.float32), len(seeds))
+        self.rates = np.repeat(_rates(rates), len(seeds))
         per_epoch = len(x) // batch_size
         orders = [self._batches(len(x), seed, steps, per_epoch, batch_size) for seed in seeds]
         self._rows = np.tile(np.stack(orders, axis=1), (1, len(rates), 1)).astype(np.int32)
         x, y = tf.constant(x, tf.float32), tf.constant(y, tf.int32)
 
-        @functools.partial(tf.function, autograph=False, jit_compile=True)
+        @functools.partial(tf.function, autograph=False, jit_compile=xla_allowed())
         def compiled(theta, rows):
             with tf.GradientTape() as tape:
                 tape.watch(theta)
@@ -314,7 +353,15 @@ def rank_intervals(
     >>> rank_intervals([[1.0, 1.0, 1.0], [0.0, 3.0, 0.0]], np.random.default_rng(0)).tolist()
     [[1.0, 1.5, 2.0], [1.0, 1.5, 2.0]]
     """
-    scores = np.nan_to_num(np.asarray(scores, dtype=np.float64), posinf=1e9, neginf=-1e9)
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2 or not scores.size or np.isnan(scores).any():
+        raise ValueError(
+            "scores must have shape (competitors, runs), without NaN; "
+            f"received shape {scores.shape} with {np.isnan(scores).sum()} NaN"
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, received {level}")
+    scores = np.nan_to_num(scores, posinf=1e9, neginf=-1e9)
     columns = rng.integers(0, scores.shape[1], (draws, scores.shape[1]))
     ranks = stats.rankdata(-scores[:, columns].mean(axis=2), axis=0)
     tail = 50 * (1 - level)
@@ -339,7 +386,15 @@ def good_decades(rates: ArrayLike, scores: ArrayLike, tolerance: float) -> float
     >>> round(good_decades([0.01, 0.1, 1.0], [0.0, 1.0, 0.0], tolerance=0.5), 2)
     1.0
     """
-    decades = np.log10(rates)
+    rates = _rates(rates)
+    if len(rates) < 2 or rates[0] <= 0 or (np.diff(rates) <= 0).any():
+        raise ValueError(f"rates must be positive and increasing, received {rates.tolist()}")
+    if np.shape(scores) != rates.shape:
+        raise ValueError(
+            f"scores must have one number for each of the {len(rates)} rates; "
+            f"received shape {np.shape(scores)}"
+        )
+    decades = np.log10(rates.astype(np.float64))
     fine = np.linspace(decades[0], decades[-1], 2001)
     values = np.interp(fine, decades, scores)
     return float(np.mean(values > np.max(scores) - tolerance) * (decades[-1] - decades[0]))

@@ -387,12 +387,18 @@ def fingerprint(code: Any) -> str:
     return json.dumps(text(code))
 
 
+# Modules that compile programs of their own add what `clear_programs` calls for them.
+forget_elsewhere: list[Callable[[], None]] = []
+
+
 def clear_programs() -> None:
     """Forget all compiled programs, and release their memory."""
     with _lock:
         _shared_programs.clear()
         _own_programs.clear()
         _signatures.clear()
+    for forget in forget_elsewhere:
+        forget()
     gc.collect()  # programs and models refer to each other
     trim_memory()
 

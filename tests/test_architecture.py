@@ -19,7 +19,7 @@ SHARED = {"datasets", "training", "fleets", "experiments", "claims", "plotting",
 TOPICS = {
     *("signals", "initializers", "activations", "batch_norm", "clipping", "transfer"),
     *("pretraining", "optimizers", "tournament", "landscapes", "sparsity"),
-    *("schedules", "regularization"),
+    *("schedules", "regularization", "clinic"),
 }
 TOOLS = {"__main__", "notebooks", "doctor"}
 # Reached through `ch11lib.backend` everywhere else, which is what keeps their start silent. These

@@ -1,6 +1,6 @@
 """Fleets against Keras models with the same weights, and against the definitions in `signals`."""
 
-from ch11lib import signals, training
+from ch11lib import fleets, signals, training
 from ch11lib.backend import keras, tf
 from ch11lib.fleets import Fleet
 import numpy as np
@@ -257,3 +257,12 @@ def test_wrong_weights_and_data(call, words):
 def test_start_from_is_for_plain_layers():
     with pytest.raises(ValueError, match="no norm, no skip"):
         Fleet(2, 5, seeds=[0], norm="batch", **SMALL).start_from({})
+
+
+def test_clear_programs_forgets_what_fleets_have_compiled():
+    fleet = Fleet(1, 4, seeds=[0], rates=[0.1], inputs=3, classes=2)
+    fleet.train(np.ones((8, 3)), np.zeros(8), steps=1, batch_size=4)
+    assert fleets._compiled_step.cache_info().currsize > 0
+    training.clear_programs()
+    assert fleets._compiled_step.cache_info().currsize == 0
+    fleet.train(np.ones((8, 3)), np.zeros(8), steps=1, batch_size=4)

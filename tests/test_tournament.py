@@ -99,3 +99,39 @@ def test_good_decades_of_a_triangle_and_of_a_plateau():
     rates = np.geomspace(1e-4, 1, 5)
     assert tournament.good_decades(rates, [0, 0, 1, 0, 0], 0.25) == pytest.approx(0.5, abs=0.01)
     assert tournament.good_decades(rates, np.ones(5), 0.1) == pytest.approx(4)
+
+
+def test_bad_input_is_named(nets):
+    rows, x, y = nets
+
+    def train(theta=rows.theta, rates=rows.rates, steps=2, optimizers=ENTRANTS):
+        return tournament.train_rows(optimizers, rows.gradient, theta, rates, steps)
+
+    def make(sizes=(4, 2), y=y, rates=RATES, seeds=(1,), steps=2, **more):
+        return tournament.DenseRows(sizes, x, y, seeds=seeds, rates=rates, steps=steps, **more)
+
+    rng = np.random.default_rng(0)
+    for name, call in (
+        ("optimizers", lambda: train(optimizers={})),
+        ("theta", lambda: train(theta=rows.theta[0])),
+        ("rates", lambda: train(rates=rows.rates[:-1])),
+        ("steps", lambda: train(steps=0)),
+        ("sizes", lambda: make(sizes=(4,))),
+        ("sizes", lambda: make(sizes=(4, 0, 2))),
+        ("x", lambda: make(sizes=(5, 2))),
+        ("y", lambda: make(y=y[:-1])),
+        ("rates", lambda: make(rates=[0.1, -0.1])),
+        ("rates", lambda: make(rates=[])),
+        ("seeds", lambda: make(seeds=())),
+        ("steps", lambda: make(steps=0)),
+        ("batch_size", lambda: make(batch_size=97)),
+        ("batch_size", lambda: make(batch_size=0)),
+        ("scores", lambda: tournament.rank_intervals([1.0, 2.0], rng)),
+        ("scores", lambda: tournament.rank_intervals([[1.0, np.nan]], rng)),
+        ("level", lambda: tournament.rank_intervals([[1.0, 2.0]], rng, level=95)),
+        ("rates", lambda: tournament.good_decades([0.1, 0.01], [1, 2], 0.1)),
+        ("rates", lambda: tournament.good_decades([0.0, 0.1], [1, 2], 0.1)),
+        ("scores", lambda: tournament.good_decades([0.1, 1.0], [1, 2, 3], 0.1)),
+    ):
+        with pytest.raises(ValueError, match=rf"\b{name}\b"):
+            call()

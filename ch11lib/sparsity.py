@@ -1,15 +1,15 @@
 """Sparse models: pruning by magnitude, the proximal l1 step, and what zeros are worth in bytes.
 
-A weight is sparse if it is *exactly* zero. The functions here deal with *kernels*: the weights of a
-model that have two axes or more and are not biases (matrices of dense layers, filters, embeddings).
-Biases and the scales of normalization are few, and many of them start at zero anyway.
+A weight counts as sparse if it is *exactly* zero. The functions here deal with *kernels*: weights
+of a model that have two axes or more and are not biases (matrices of dense layers, filters,
+embeddings). Biases and the scales of normalization are few, and many start at zero anyway.
 
 `prune` cuts once, `MagnitudePruning` step by step during training, and `ProximalSGD` drives weights
 to zero by itself. Whatever made the zeros, `keep_zeros` holds them in later training, with every
-optimizer, and `release` lets go.
+optimizer.
 
-Pruning by magnitude: S. Han, J. Pool, J. Tran and W. Dally, "Learning both weights and connections
-for efficient neural networks", NIPS 2015, arXiv:1506.02626.
+S. Han, J. Pool, J. Tran and W. Dally (2015), Learning both weights and connections for efficient
+neural networks, arXiv:1506.02626.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 from ch11lib.backend import keras, tf
 import numpy as np
 from numpy.typing import ArrayLike
-import pandas as pd
 
 __all__ = [
     "MagnitudePruning",
     "ProximalSGD",
     "Sizes",
     "compressed_size",
+    "fleet_masks",
     "fraction_zero",
     "keep_zeros",
     "kernels",
@@ -35,12 +35,10 @@ __all__ = [
     "polynomial_decay",
     "proximal_l1",
     "prune",
-    "release",
     "rewind",
-    "zeros_per_kernel",
 ]
 
-# ------------------------------------------------------------------------------ the definition
+# ----------------------------------------------------------------------------- definitions
 
 
 def polynomial_decay(
@@ -49,26 +47,26 @@ def polynomial_decay(
     final: float,
     begin: int,
     end: int,
-    exponent: float = 3.0,
+    power: float = 3.0,
 ) -> np.ndarray:
     """Return the sparsity to be reached at a step of gradual pruning.
 
     ``s(t) = s₁ + (s₀ - s₁)(1 - (t - t₀)/(t₁ - t₀))^p``, constant before t₀ and after t₁. With p = 3
     most weights go early, while many can be spared.
 
-    Zhu, Gupta (2017), To prune, or not to prune, arXiv:1710.01878. The same as `PolynomialDecay` in
-    the TensorFlow Model Optimization Toolkit.
+    Zhu, Gupta (2017), To prune, or not to prune, arXiv:1710.01878; `PolynomialDecay` in the
+    TensorFlow Model Optimization Toolkit.
 
     Parameters
     ----------
     step : int or array of ints
-        t, the number of training steps done before.
+        t, counted from 0.
     initial, final : float
         s₀ and s₁, from 0 to below 1.
     begin, end : int
         t₀ and t₁.
-    exponent : float
-        p.
+    power : float
+        p, above 0.
 
     Returns
     -------
@@ -84,13 +82,13 @@ def polynomial_decay(
     _check_sparsity("final", final)
     _check_whole("begin", begin, 0)
     _check_whole("end", end, begin + 1)
-    if not isinstance(exponent, Real) or not 0 < exponent < math.inf:
-        raise ValueError(f"exponent must be a positive number; received {exponent!r}")
+    if isinstance(power, bool) or not isinstance(power, Real) or not 0 < power < math.inf:
+        raise ValueError(f"power must be a positive number; received {power!r}")
     t = np.asarray(step)
     if t.dtype.kind not in "iuf" or not (t >= 0).all():
         raise ValueError(f"step must be a number or array of numbers, 0 or more; received {step!r}")
     progress = np.clip((t - begin) / (end - begin), 0, 1)
-    return final + (initial - final) * (1 - progress) ** exponent
+    return final + (initial - final) * (1 - progress) ** power
 
 
 def magnitude_masks(weights: Sequence[ArrayLike], sparsity: float) -> list[np.ndarray]:
@@ -101,7 +99,7 @@ def magnitude_masks(weights: Sequence[ArrayLike], sparsity: float) -> list[np.nd
     Parameters
     ----------
     weights : list of arrays
-        For a rank within each array, call it with one array at a time.
+        To rank within each array, give one array at a time.
     sparsity : float
         From 0 to below 1.
 
@@ -128,18 +126,53 @@ def magnitude_masks(weights: Sequence[ArrayLike], sparsity: float) -> list[np.nd
     return [part.reshape(a.shape) for part, a in zip(parts, arrays, strict=True)]
 
 
+def fleet_masks(weights: Sequence[np.ndarray], sparsity: ArrayLike) -> list[np.ndarray]:
+    """Return `magnitude_masks` of every network of a fleet, ranked over all its layers together.
+
+    Parameters
+    ----------
+    weights : list of arrays, each ``(networks, inputs, units)``
+        As from `Fleet.kernels`, or other scores of these shapes.
+    sparsity : float or array of shape (networks,)
+        The same for all, or one for each network.
+
+    Returns
+    -------
+    list of numpy.ndarray
+        Booleans in the shapes of `weights`, for `Fleet.mask`.
+
+    Examples
+    --------
+    >>> [mask] = fleet_masks([np.array([[[3.0, -1.0]], [[0.5, -4.0]]])], sparsity=[0.5, 0.0])
+    >>> mask.tolist()
+    [[[True, False]], [[True, True]]]
+    """
+    n, each = len(weights[0]), np.atleast_1d(sparsity)
+    if each.shape not in {(1,), (n,)}:
+        raise ValueError(
+            f"sparsity must be one number, or one for each of {n} networks; received shape "
+            f"{each.shape}"
+        )
+    masks = [
+        magnitude_masks([w[i] for w in weights], float(s))
+        for i, s in enumerate(np.broadcast_to(each, n))
+    ]
+    return [np.stack(layer) for layer in zip(*masks, strict=True)]
+
+
 def _kept(n: int, sparsity: ArrayLike) -> Any:
     return np.round(n * (1 - np.asarray(sparsity))).astype(int)
 
 
 def proximal_l1(weights: ArrayLike, threshold: float) -> np.ndarray:
-    """Move weights towards zero by a threshold, and stop there.
+    """Move weights towards zero by a threshold, and stop there: the soft threshold.
 
-    ``sign(w) max(|w| - threshold, 0)``, the soft threshold of w, is the v that minimizes
-    ``(v - w)²/2 + threshold |v|``. A gradient step with rate η on the loss, followed by the soft
-    threshold ηλ, is a proximal gradient step on ``loss + λ Σ|w|``. It yields exact zeros, which a
-    step along the subgradient ``λ sign(w)`` only jumps over. Parikh, Boyd (2014), Proximal
-    algorithms, doi:10.1561/2400000003.
+    ``sign(w) max(|w| - threshold, 0)`` is the v that minimizes ``(v - w)²/2 + threshold |v|``. A
+    gradient step with rate η on the loss, followed by the soft threshold ηλ, is a proximal gradient
+    step on ``loss + λ Σ|w|``. It yields exact zeros, which a step along the subgradient
+    ``λ sign(w)`` jumps over.
+
+    Parikh, Boyd (2014), Proximal algorithms, doi:10.1561/2400000003.
 
     Parameters
     ----------
@@ -180,7 +213,7 @@ def _check_whole(name, value, low):
         raise ValueError(f"{name} must be a whole number of {low} or more; received {value!r}")
 
 
-# ---------------------------------------------------------------------------- zeros in a model
+# ------------------------------------------------------------------------ zeros in a model
 
 
 def kernels(model: keras.Model | keras.Layer) -> list[keras.Variable]:
@@ -217,60 +250,17 @@ def _is_kernel(variable) -> bool:
 
 
 def fraction_zero(model: keras.Model | keras.Layer) -> float:
-    """Return the fraction of a model's kernels that is exactly zero.
-
-    Parameters
-    ----------
-    model : keras.Model or keras.Layer
-        Built. Which weights count as kernels says `kernels`.
-
-    Returns
-    -------
-    float
+    """Return the fraction of the kernels of a model or layer that is exactly zero.
 
     Examples
     --------
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
-    >>> fraction_zero(model)
-    0.0
     >>> model.layers[0].set_weights([np.array([[1.0, 0.0], [1e-30, 2.0]]), np.zeros(2)])
     >>> fraction_zero(model)
     0.25
     """
-    found = kernels(model)
-    return float(sum(np.sum(v.numpy() == 0) for v in found) / _size(found))
-
-
-def _size(variables) -> int:
-    return sum(math.prod(v.shape) for v in variables)
-
-
-def zeros_per_kernel(model: keras.Model | keras.Layer) -> pd.DataFrame:
-    """Count the exact zeros of each kernel.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Indexed by the path of the kernel within the model, with columns ``size``, ``zeros`` and
-        ``fraction``.
-
-    Examples
-    --------
-    >>> dense = keras.layers.Dense(2, kernel_initializer="zeros", name="hidden")
-    >>> zeros_per_kernel(keras.Sequential([keras.Input((3,)), dense], name="net"))
-                   size  zeros  fraction
-    kernel...
-    hidden/kernel     6      6       1.0
-    """
-    found = kernels(model)
-    table = pd.DataFrame(
-        {
-            "size": [_size([v]) for v in found],
-            "zeros": [int(np.sum(v.numpy() == 0)) for v in found],
-        },
-        index=pd.Index([v.path.removeprefix(f"{model.name}/") for v in found], name="kernel"),
-    )
-    return table.assign(fraction=table["zeros"] / table["size"])
+    zero = np.concatenate([v.numpy().ravel() == 0 for v in kernels(model)])
+    return float(zero.mean())
 
 
 class Sizes(NamedTuple):
@@ -308,33 +298,22 @@ def compressed_size(model: keras.Model) -> Sizes:
     return Sizes(len(raw), len(gzip.compress(raw, mtime=0)))
 
 
-# ------------------------------------------------------------------------------- cutting once
+# --------------------------------------------------------------------------- cutting once
 
 
-def prune(
-    model: keras.Model,
-    sparsity: float,
-    *,
-    scope: str = "layer",
-    by: str = "magnitude",
-    seed: int | None = None,
-) -> None:
-    """Set a fraction of a model's kernels to zero, in place and once.
+def prune(model: keras.Model | keras.Layer, sparsity: float, *, scope: str = "layer") -> None:
+    """Set the smallest weights of a model's kernels to zero, in place and once.
 
     Nothing keeps these zeros in later training; `keep_zeros` does.
 
     Parameters
     ----------
-    model : keras.Model
+    model : keras.Model or keras.Layer
         Built.
     sparsity : float
         Fraction to be zero, from 0 to below 1. Weights that are zero already count.
     scope : {"layer", "global"}
         Whether each kernel loses this fraction, or all kernels together.
-    by : {"magnitude", "random"}
-        What goes: the smallest weights, or any, for comparison.
-    seed : int, optional
-        For ``by="random"``, and needed there.
 
     Examples
     --------
@@ -344,25 +323,13 @@ def prune(
     0.9
     """
     _check_sparsity("sparsity", sparsity)
-    if by not in ("magnitude", "random"):
-        raise ValueError(f"by must be 'magnitude' or 'random'; received {by!r}")
-    if (seed is None) == (by == "random"):
-        raise ValueError(f"seed must be given for by='random', and only then; received {seed!r}")
-    rng = None if seed is None else np.random.default_rng(seed)
-    for group in _groups(kernels(model), scope):
-        values = [v.numpy() for v in group]
-        # A random size between 1 and 2, but zeros stay zeros, and go first.
-        scores = values if rng is None else [(w != 0) * (1 + rng.random(w.shape)) for w in values]
-        masks = magnitude_masks(scores, sparsity)
-        for variable, value, mask in zip(group, values, masks, strict=True):
-            variable.assign(np.where(mask, value, 0))
-
-
-def _groups(variables, scope) -> list[list]:
-    """Return the groups of kernels within which weights are ranked."""
     if scope not in ("layer", "global"):
         raise ValueError(f"scope must be 'layer' or 'global'; received {scope!r}")
-    return [variables] if scope == "global" else [[v] for v in variables]
+    found = kernels(model)
+    for group in [found] if scope == "global" else [[v] for v in found]:
+        values = [v.numpy() for v in group]
+        for v, value, mask in zip(group, values, magnitude_masks(values, sparsity), strict=True):
+            v.assign(np.where(mask, value, 0))
 
 
 def rewind(model: keras.Model, weights: Sequence[np.ndarray]) -> None:
@@ -391,49 +358,86 @@ def rewind(model: keras.Model, weights: Sequence[np.ndarray]) -> None:
         v.assign(np.where(mask, 0, v.numpy()))
 
 
-# -------------------------------------------------------------------------- zeros that are kept
+# ---------------------------------------------------------------------- zeros that are kept
 
 
 class _Mask:
-    """A constraint which sets to zero what its mask excludes, after each step, inside the graph.
+    """A constraint that holds zeros, and cuts further weights at given steps.
 
-    A constraint that the kernel had before is applied first.
+    Keras applies it inside the graph, after each step. A variable keeps its mask for life, and all
+    that can change is in TensorFlow's variables: a compiled graph never grows stale. A constraint
+    that the variable had before is applied first.
     """
 
+    @classmethod
+    def of(cls, variable: keras.Variable) -> "_Mask":
+        """Return the mask of a variable, after giving it one if it has none."""
+        if not isinstance(variable.constraint, cls):
+            variable.constraint = cls(variable)
+        return variable.constraint
+
     def __init__(self, variable):
-        before = variable.constraint
-        held = isinstance(before, _Mask)
-        start = before.mask if held else tf.ones(variable.shape, tf.bool)
-        self.mask = tf.Variable(start, trainable=False)
-        self.inner = before.inner if held else before
-        self.advance = None  # what `MagnitudePruning` does before it masks the first kernel
+        self.inner = variable.constraint
+        self.keep = tf.Variable(tf.ones(variable.shape, tf.bool), trainable=False)
+        self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
+        # Steps at which to cut, and how many weights to keep then.
+        self.times, self.counts = (
+            tf.Variable([], dtype=tf.int64, shape=[None], trainable=False) for _ in "12"
+        )
+
+    def plan(self, times, counts):
+        """Count steps from 0 again; cut at these."""
+        self.step.assign(0)
+        self.times.assign(times)
+        self.counts.assign(counts)
 
     def __call__(self, value):
-        if self.advance is not None:
-            self.advance()
-        value = value if self.inner is None else self.inner(value)
+        value = tf.convert_to_tensor(value if self.inner is None else self.inner(value))
+        self.step.assign_add(1)
+        tf.cond(tf.reduce_any(self.times == self.step), lambda: self._cut(value), lambda: None)
+        return self.masked(value)
+
+    def _cut(self, value):
+        size = tf.abs(tf.reshape(value, [-1]))
+        count = tf.reduce_sum(tf.where(self.times == self.step, self.counts, 0))
+        # The largest first, and among equals the first ones; all, since XLA needs fixed sizes.
+        order = tf.math.top_k(size, size.shape[0]).indices
+        large = tf.cast(tf.range(size.shape[0], dtype=tf.int64) < count, tf.int32)
+        large = tf.reshape(tf.scatter_nd(order[:, None], large, size.shape), value.shape)
+        self.keep.assign(self.keep & (large > 0))
+
+    def masked(self, value):
         # Not a product: that would keep NaN and the sign of zero.
-        return tf.where(self.mask, tf.convert_to_tensor(value), tf.zeros((), value.dtype))
+        return tf.where(self.keep, value, tf.zeros((), value.dtype))
+
+    def start(self, variable):
+        """Do what is due before the first step."""
+        if tf.reduce_any(self.times == self.step):
+            self._cut(tf.convert_to_tensor(variable))
+        self.apply(variable)
+
+    def apply(self, variable):
+        variable.assign(self.masked(tf.convert_to_tensor(variable)))
 
 
-def _set_constraints(model, constraints):
-    """Set constraints of variables; the training function of `model.fit` must be made anew."""
-    for v, constraint in constraints:
-        v.constraint = constraint
-    if model.compiled:
+def _masks(model, variables) -> list[_Mask]:
+    """Return the masks of variables; new ones take effect in a new training function."""
+    new = not all(isinstance(v.constraint, _Mask) for v in variables)
+    masks = [_Mask.of(v) for v in variables]
+    if new and getattr(model, "compiled", False):
         model.make_train_function(force=True)
+    return masks
 
 
 def keep_zeros(model: keras.Model) -> None:
-    """Let the zeros of a model's kernels stay zero in later training.
+    """Let the zeros that a model's kernels have now stay zero in later training.
 
     Each trainable kernel gets a constraint, which Keras applies after every step, whatever the
-    optimizer: no momentum can revive a weight. Constraints that are there already stay, and kernels
-    which become zero later are not held, unless this is called again. One thing passes by: after
-    the last step, an optimizer with ``use_ema`` puts in averages, which may not be zero.
+    optimizer: no momentum can revive a weight. Constraints that are there already stay.
 
-    Compile the model afterwards: Keras reads constraints when it builds the training function.
-    A saved model holds its zeros but not this constraint, so call it again after loading.
+    Call it before `compile`, or compile again. A saved model holds its zeros but not this
+    constraint: call it again after loading. One thing passes by: after the last step, an optimizer
+    with ``use_ema`` puts in averages, which may not be zero.
 
     Examples
     --------
@@ -445,40 +449,20 @@ def keep_zeros(model: keras.Model) -> None:
     >>> fraction_zero(model)
     0.5
     """
-    masks = [(v, _Mask(v)) for v in kernels(model) if v.trainable]
-    for v, constraint in masks:
-        constraint.mask.assign(v.numpy() != 0)
-    _set_constraints(model, masks)
-
-
-def release(model: keras.Model) -> None:
-    """Undo `keep_zeros`, and what `MagnitudePruning` leaves behind: weights may change again.
-
-    The zeros stay until training moves them. Compile the model afterwards.
-
-    Examples
-    --------
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5)])
-    >>> keep_zeros(model)
-    >>> release(model)
-    >>> model.layers[0].kernel.constraint is None
-    True
-    """
-    held = [v for v in kernels(model) if isinstance(v.constraint, _Mask)]
-    _set_constraints(model, [(v, v.constraint.inner) for v in held])
-
-
-# --------------------------------------------------------------------------- cutting step by step
+    trainable = [v for v in kernels(model) if v.trainable]
+    for v, mask in zip(trainable, _masks(model, trainable), strict=True):
+        mask.keep.assign(v.numpy() != 0)
 
 
 class MagnitudePruning(keras.callbacks.Callback):
-    """Prune the smallest weights step by step during training.
+    """Prune the smallest weights of each kernel step by step during training.
 
     At the steps ``begin, begin + frequency, ... , end``, counted from 0 at the start of this
     training, the smallest weights are set to zero, so that their fraction follows
-    `polynomial_decay`; from then on they stay zero. A forward pass in step t sees the sparsity of
+    `polynomial_decay`; from then on they stay zero. The forward pass of step t sees the sparsity of
     step t. At `end` the final sparsity is reached, also if the frequency does not divide the time.
-    The history gets a column ``sparsity``.
+    (The TensorFlow Model Optimization Toolkit counts steps from 1, and needs a frequency that
+    divides.) The history gets a column ``sparsity``.
 
     All of that happens inside the compiled graph, as a constraint on each kernel. So it works with
     every optimizer, in `model.fit` and at full speed in the compiled epochs of `training.fit`.
@@ -498,29 +482,22 @@ class MagnitudePruning(keras.callbacks.Callback):
         to recover.
     frequency : int
         Steps between two cuts. Each cut sorts the weights.
-    scope : {"layer", "global"}
-        Whether each kernel loses this fraction, or all kernels together.
-    exponent : float
+    power : float
         See `polynomial_decay`.
-    kernels : list of keras.Variable, optional
-        What to prune, such as ``[model.layers[0].kernel]``; by default all trainable kernels.
+    layers : list of keras.Layer, optional
+        Which layers to prune; by default all that have a trainable kernel.
 
     Raises
     ------
     ValueError
-        For a parameter out of its range. At the beginning of training: for a model without
-        trainable kernels, or if `end` is not a step of this training.
+        For a parameter out of its range. At the beginning of training: for a model or a layer
+        without trainable kernels, or if `end` is not a step of this training.
 
     Notes
     -----
-    If `training.fit` or `training.evaluate` has used the model since it was last compiled, compile
-    it again before training with a new callback of this kind; `training.fit` says so. (`model.fit`
-    needs no such care.) The optimizer may be the same object, with its state.
-
-    After training the zeros are held as by `keep_zeros`; `release` ends that. A saved model holds
-    its zeros, and no trace of the callback; call `keep_zeros` to train it further after loading.
-
-    One device only: the masks are not distributed.
+    After training the zeros are held as by `keep_zeros`, and a second callback of this kind prunes
+    further. A saved model holds its zeros, and no trace of the callback; call `keep_zeros` to train
+    it further after loading.
 
     Examples
     --------
@@ -543,107 +520,63 @@ class MagnitudePruning(keras.callbacks.Callback):
         begin: int = 0,
         end: int | None = None,
         frequency: int = 100,
-        scope: str = "layer",
-        exponent: float = 3.0,
-        kernels: Sequence[keras.Variable] | None = None,
+        power: float = 3.0,
+        layers: Sequence[keras.Layer] | None = None,
     ):
         super().__init__()
-        polynomial_decay(0, initial, final, begin, begin + 1 if end is None else end, exponent)
+        polynomial_decay(0, initial, final, begin, begin + 1 if end is None else end, power)
         if not initial <= final:
             raise ValueError(f"final must be at least initial; received {final} and {initial}")
         _check_whole("frequency", frequency, 1)
-        _groups([], scope)
         self.final, self.initial, self.begin, self.end = final, initial, begin, end
-        self.frequency, self.scope, self.exponent = frequency, scope, exponent
-        self.kernels = kernels
+        self.frequency, self.power, self.layers = frequency, power, layers
 
     def on_train_begin(self, logs=None):
         """Set up the masks, and cut what is to be cut before the first step."""
-        chosen = {id(v) for v in (kernels(self.model) if self.kernels is None else self.kernels)}
-        # In the order in which the optimizer goes through them.
-        variables = [v for v in self.model.trainable_variables if id(v) in chosen]
-        if not variables or (self.kernels is not None and len(variables) != len(chosen)):
+        layers = [self.model] if self.layers is None else self.layers
+        chosen = {id(v): v for layer in layers for v in kernels(layer)}
+        trained = {id(v) for v in self.model.trainable_variables}
+        self._pruned = [v for key, v in chosen.items() if key in trained]
+        if not self._pruned or (self.layers is not None and len(self._pruned) < len(chosen)):
             raise ValueError(
-                f"kernels must be trainable variables of the model; of {len(chosen)} received, "
-                f"{len(variables)} are"
+                f"layers must be trainable layers of the model; of {len(chosen)} kernels received, "
+                f"{len(self._pruned)} are trained"
             )
-        end = self._last_step()
+        end = self._last_cut()
         times = np.append(np.arange(self.begin, end, self.frequency), end)
-        sparsities = polynomial_decay(
-            times, self.initial, self.final, self.begin, end, self.exponent
-        )
-        # A class of its own for each training is what `training.fit` notices. It might otherwise
-        # go on with a graph that holds the masks and the times of a training before.
-        kind = type("_Mask", (_Mask,), {})
-        masks = [(v, kind(v)) for v in variables]
-        masks[0][1].advance = self._advance
-        _set_constraints(self.model, masks)
-        self._pruned = [
-            (group, [v.constraint.mask for v in group], _kept(_size(group), sparsities))
-            for group in _groups(variables, self.scope)
-        ]
-        self._times = tf.constant(times, tf.int64)
-        self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
-        if self.begin == 0:
-            self._cut(0)
-            self._apply()
+        sparsity = polynomial_decay(times, self.initial, self.final, self.begin, end, self.power)
+        for v, mask in zip(self._pruned, _masks(self.model, self._pruned), strict=True):
+            mask.plan(times, _kept(math.prod(v.shape), sparsity))
+            mask.start(v)
 
-    def _last_step(self) -> int:
+    def _last_cut(self) -> int:
         """Return the step of the last cut, and make sure that it will be reached."""
         steps, epochs = self.params.get("steps"), self.params.get("epochs")
         total = steps * epochs if steps and epochs else None
-        if self.end is None:
-            if total is None:
-                raise ValueError("end must be given for data of unknown length; received None")
-            end = max(3 * total // 4, self.begin + 1)
-        else:
-            end = self.end
+        if self.end is None and total is None:
+            raise ValueError("end must be given for data of unknown length; received None")
+        end = max(3 * total // 4, self.begin + 1) if self.end is None else self.end
         if total is not None and end >= total:
             raise ValueError(
                 f"end must be a step of this training, at most {total - 1} with {steps} steps in "
-                f"each of {epochs} epochs; received {end}"
+                f"each of {epochs} epochs; received {self.end}"
             )
         return end
-
-    def _advance(self):
-        """Count a step, and cut if it is time. In the graph: after the update of all weights."""
-        self._step.assign_add(1)
-        index = tf.searchsorted(self._times, self._step[None])[0]
-        due = tf.reduce_any(tf.equal(self._times, self._step))
-        tf.cond(due, lambda: self._cut(index), lambda: None)
-
-    def _cut(self, index):
-        """Make the masks anew, from the present weights."""
-        for variables, masks, kept in self._pruned:
-            size = tf.concat([tf.abs(tf.reshape(v.value, [-1])) for v in variables], 0)
-            # The largest first, and among equals the first ones.
-            order = tf.math.top_k(size, size.shape[0]).indices
-            large = tf.range(size.shape[0]) < tf.gather(tf.constant(kept, tf.int32), index)
-            keep = tf.scatter_nd(order[:, None], tf.cast(large, tf.int32), size.shape)
-            parts = tf.split(keep, [_size([v]) for v in variables])
-            for mask, part in zip(masks, parts, strict=True):
-                mask.assign(mask & (tf.reshape(part, mask.shape) > 0))
-
-    def _apply(self):
-        for variables, masks, _ in self._pruned:
-            for v, mask in zip(variables, masks, strict=True):
-                v.assign(np.where(mask.numpy(), v.numpy(), 0))
 
     def on_epoch_end(self, epoch, logs=None):
         """Put the sparsity into the history."""
         if logs is not None:
-            values = [v.numpy() for variables, *_ in self._pruned for v in variables]
-            zeros = [np.count_nonzero(value == 0) for value in values]
-            logs["sparsity"] = sum(zeros) / sum(value.size for value in values)
+            zero = np.concatenate([v.numpy().ravel() == 0 for v in self._pruned])
+            logs["sparsity"] = float(zero.mean())
 
     def on_train_end(self, logs=None):
-        """Mask the weights, which an optimizer may just have averaged, and cut no more."""
-        self._apply()
-        # Whoever trains on with the same graph shall find no cut that is still due.
-        self._step.assign(self._step.dtype.max // 2)
+        """Mask the weights, which an optimizer may just have averaged, and plan no more cuts."""
+        for v in self._pruned:
+            v.constraint.plan([], [])
+            v.constraint.apply(v)
 
 
-# ------------------------------------------------------------------------------- proximal training
+# -------------------------------------------------------------------------- proximal training
 
 
 @keras.saving.register_keras_serializable(package="ch11lib")
@@ -651,7 +584,7 @@ class ProximalSGD(keras.optimizers.SGD):
     """Keras's SGD for ``loss + λ Σ|w|`` over all kernels, with the l1 part done by `proximal_l1`.
 
     Each step is one of SGD on the loss, and then the soft threshold ηλ on the kernels. Give no l1
-    regularizer to the layers: the penalty is in the optimizer. It does not show in the loss.
+    regularizer to the layers: the penalty is in the optimizer, and does not show in the loss.
 
     Zeros appear where the gradient of the loss, noise included, stays below λ. With momentum β the
     step along a persistent gradient grows to ``η/(1-β)`` but the threshold does not: it takes
@@ -672,6 +605,8 @@ class ProximalSGD(keras.optimizers.SGD):
     >>> w.numpy().tolist()
     [[0.25, 0.0, -0.75]]
     """
+
+    programs_can_be_shared = True  # its configuration is complete, see `training`
 
     def __init__(
         self,
