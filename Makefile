@@ -20,7 +20,7 @@ VARIANTS := TF_ENABLE_ONEDNN_OPTS=1 CH11_XLA=0 CH11_SEED=1 \
 NOTEBOOKS := $(shell find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: help run test test-numerics test-browser lab refresh assignments docs clean
+.PHONY: help run test test-numerics test-browser lab refresh tables assignments docs clean
 
 help:  ## say what there is (this list)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ lab: $(VENV)/.installed-lab  ## open the series in JupyterLab
 
 refresh: $(VENV)/.installed  ## execute the notebooks and store their outputs in them
 	$(PY) -m ch11lib refresh $(ARGS)
+
+tables: run  ## execute all, and put times and memory into the tables of README.md and notebook 00
+	$(PY) docs/tables.py build/notebooks.csv
 
 assignments: $(VENV)/.installed-course  ## make what is handed out (release) from the sources
 	cd notebooks/assignments && for name in $$(ls source); do \

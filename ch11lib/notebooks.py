@@ -767,8 +767,8 @@ def run(
 ) -> Iterator[Execution]:
     """Execute notebooks and write pages to read to ``out/html``, with an index.
 
-    The notebooks themselves are not changed. A notebook that fails gets a page too, up to the
-    failure, and the others go on.
+    What was measured of each goes to ``out/notebooks.csv``. The notebooks are not changed. A
+    notebook that fails gets a page too, up to the failure, and the others go on.
 
     Parameters
     ----------
@@ -817,6 +817,17 @@ def run(
         written = {t: name for t, name in pages.items() if (html / t).exists()}
         if written:
             (html / "index.html").write_text(_index(written, executions, html), encoding="utf-8")
+            rows = [
+                {
+                    "notebook": one.path.as_posix(),
+                    "seconds": round(one.seconds, 1),
+                    "peak_mb": round(one.peak_mb),
+                    "claims": one.n_claims,
+                    "holding": one.n_claims - len(one.failed_claims),
+                }
+                for one in executions.values()
+            ]
+            pd.DataFrame(rows).to_csv(Path(out, "notebooks.csv"), index=False)
 
 
 def _all(folder: Path) -> list[Path]:

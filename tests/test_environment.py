@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tomllib
 
 from ch11lib import __main__, __version__
+import nbformat
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 import pytest
@@ -196,6 +198,39 @@ def test_table_of_notebooks_is_complete():
     assert set(re.findall(r"\]\(notebooks/([^)/]+\.ipynb)\)", DOCUMENTS["README.md"])) == there
 
 
+def _times(text):
+    """Return the last two cells of the rows that link to a notebook, by its name."""
+    rows = re.findall(r"\]\((?:notebooks/)?([^/)]+\.ipynb)\).* \| (.*) \| (.*) \|$", text, re.M)
+    return {name: (run, memory) for name, run, memory in rows}
+
+
+def test_tables_of_notebooks_show_the_same_times():
+    tables = _times(DOCUMENTS["README.md"])
+    start = nbformat.read(ROOT / "notebooks/00_start_here.ipynb", as_version=4)
+    words = "\n".join(cell.source for cell in start.cells if cell.cell_type == "markdown")
+    assert {"00_start_here.ipynb": tables["00_start_here.ipynb"]} | _times(words) == tables
+    for run, memory in tables.values():
+        assert re.fullmatch(r"\d+ s", run)
+        assert re.fullmatch(r"\d\.\d GB", memory)
+
+
+def test_times_come_from_a_run(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "notebooks/00_start_here.ipynb", tmp_path / "notebooks")
+    name = "01_vanishing_and_exploding_gradients.ipynb"
+    measured = f"notebook,seconds,peak_mb\nnotebooks/{name},40.1,909\n"
+    (tmp_path / "times.csv").write_text(measured, encoding="utf-8")
+    tables = runpy.run_path(str(ROOT / "docs/tables.py"))
+    tables["main"](tmp_path / "times.csv", tmp_path)
+    before, after = _times(DOCUMENTS["README.md"]), _times((tmp_path / "README.md").read_text())
+    assert after == before | {name: ("45 s", "1.0 GB")}
+    start = nbformat.read(tmp_path / "notebooks/00_start_here.ipynb", as_version=4)
+    old = nbformat.read(ROOT / "notebooks/00_start_here.ipynb", as_version=4)
+    (changed,) = [a.source for a, b in zip(start.cells, old.cells, strict=True) if a != b]
+    assert ("45 s", "1.0 GB") in _times(changed).values()
+
+
 def test_modules_in_the_readme_exist():
     table = DOCUMENTS["README.md"].partition("| module | for |")[2].partition("\n\n")[0]
     for name in re.findall(r"`(\w+)`", table):
@@ -250,7 +285,7 @@ INSTALL = "-m pip --disable-pip-version-check install -e"
 @needs_make
 def test_make_alone_lists_its_targets(project):
     out = _make(project).stdout
-    for target in ("help", "run", "test", "test-numerics", "lab", "refresh", "docs", "clean"):
+    for target in ("help", "run", "test", "test-numerics", "lab", "refresh", "tables", "clean"):
         assert re.search(rf"^make {target} +\w", out, re.MULTILINE), target
     assert not (project / ".venv").exists()
 
@@ -265,6 +300,12 @@ def test_make_run_installs_once_and_again_after_a_change(project):
     os.utime(project / "pyproject.toml", (later, later))
     _make(project, "refresh")
     assert _log(project) == [f"{INSTALL} .", "-m ch11lib refresh"]
+
+
+@needs_make
+def test_make_tables_measures_first(project):
+    assert _make(project, "tables").returncode == 0
+    assert _log(project)[2:] == ["-m ch11lib run", "docs/tables.py build/notebooks.csv"]
 
 
 @needs_make

@@ -15,6 +15,7 @@ from ch11lib.notebooks import NotebookError
 from latex2mathml.converter import convert
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -308,6 +309,14 @@ def test_run_counts_claims_and_goes_on_after_a_failure(site):
     assert (two.n_claims, two.failed_claims) == (2, [THIRD])
     assert "KeyError: 'stop'" in two.errors[0]
     assert (solution.n_claims, solution.failed_claims, solution.errors) == (0, [], ())
+
+
+def test_run_writes_down_what_it_measured(site):
+    table = pd.read_csv(site[0] / "build/notebooks.csv")
+    assert table.notebook.tolist() == [one.path.as_posix() for one in site[1]]
+    np.testing.assert_allclose(table.seconds, [one.seconds for one in site[1]], atol=0.05)
+    np.testing.assert_allclose(table.peak_mb, [one.peak_mb for one in site[1]], atol=0.5)
+    assert table[["claims", "holding"]].values.tolist() == [[2, 1], [2, 1], [0, 0]]
 
 
 def test_pages_show_outputs_and_alternative_texts(site):
