@@ -123,7 +123,10 @@ _FAMILIES = (
         *("cosine", "warmup", "restarts", "warmup_stable_decay"),
     ),
     # regularization
-    ("none", "l1", "l2", "early_stopping", "max_norm", "mc_dropout", "ensemble", "weight_decay"),
+    (
+        *("none", "l1", "l2", "early_stopping", "max_norm", "mc_dropout", "ensemble"),
+        *("weight_decay", "augmentation"),
+    ),
     # clipping
     ("unclipped", "clip_by_value", "clip_by_norm", "clip_by_global_norm"),
     # transfer and pretraining
