@@ -26,7 +26,6 @@ _OPTIONAL = (
     ("jupyterlab", "to read and run the notebooks in JupyterLab", '-e ".[lab]"'),
     ("nbval", "for the tests", '-e ".[test]"'),
     ("nbgrader", "for the assignments", '-e ".[course]"'),
-    ("dask", "to spread experiments over several machines", '"dask[distributed]"'),
 )
 
 
@@ -49,9 +48,9 @@ class Check:
 
     Examples
     --------
-    >>> print(Check("dask", False, "not installed", "pip install dask", required=False))
-    missing  dask: not installed
-             -> pip install dask
+    >>> print(Check("nbval", False, "not installed", "pip install nbval", required=False))
+    missing  nbval: not installed
+             -> pip install nbval
     """
 
     name: str

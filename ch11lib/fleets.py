@@ -18,7 +18,7 @@ import itertools
 from typing import NamedTuple
 
 from ch11lib import training
-from ch11lib.backend import tf, xla_allowed
+from ch11lib.backend import tf, trim_memory, xla_allowed
 import numpy as np
 from numpy.typing import ArrayLike
 import pandas as pd
@@ -323,6 +323,7 @@ class Fleet:
             )
             losses[i] = loss.numpy()  # a copy: kept tensors would fragment the memory
         self._steps += steps
+        trim_memory()
         return losses
 
     def _factors(self, t):
@@ -375,16 +376,24 @@ class Fleet:
 
         A network whose outputs are no longer finite has an infinite loss and accuracy 0.
         """
-        parts = [x] if training else [x[i : i + 500] for i in range(0, len(x), 500)]  # less memory
-        outputs = np.concatenate([self.outputs(part, training=training) for part in parts], axis=1)
-        y = np.asarray(y)
-        finite = np.isfinite(outputs).all(axis=(1, 2))
-        log_likelihood = special.log_softmax(np.nan_to_num(outputs), axis=-1)
-        loss = -log_likelihood[:, np.arange(len(y)), y].mean(axis=1)
+        y, part = np.asarray(y), len(x) if training else self._that_fit(len(self.settings))
+        losses, right, finite = [], [], True
+        for i in range(0, len(x), part):
+            outputs = self.outputs(x[i : i + part], training=training)
+            finite &= np.isfinite(outputs).all(axis=(1, 2))
+            own = y[None, i : i + part, None]
+            likelihood = special.log_softmax(np.nan_to_num(outputs), axis=-1)
+            losses.append(-np.take_along_axis(likelihood, own, axis=-1)[..., 0])
+            right.append(outputs.argmax(axis=-1) == own[..., 0])
+        loss, accuracy = (np.concatenate(v, axis=1).mean(axis=1) for v in (losses, right))
         return self.settings.assign(
-            loss=np.where(finite, loss, np.inf),
-            accuracy=np.where(finite, (outputs.argmax(-1) == y).mean(axis=1), 0.0),
+            loss=np.where(finite, loss, np.inf), accuracy=np.where(finite, accuracy, 0.0)
         )
+
+    def _that_fit(self, others, layers=1):
+        """Return how many examples (or networks) to treat at once beside so many of the others."""
+        units = self._parameters["first"]["w"].shape[-1]
+        return max(1, _ACTIVATIONS_AT_ONCE // (units * others * layers))
 
     def error_signals(self, x: ArrayLike, y: ArrayLike) -> np.ndarray:
         """Return the root mean square of dL/dz of every hidden layer, ``(networks, layers)``.
@@ -392,23 +401,39 @@ class Fleet:
         In training mode; z is what the activation receives, and L the mean loss over the batch.
         """
         x, y = tf.constant(x, tf.float32)[None], tf.constant(y, tf.int32)[None]
-        *depth, networks, _, width = self._parameters["hidden"]["shift"].shape
-        nudges = (
-            tf.zeros((networks, len(x[0]), width)),
-            tf.zeros((*depth, networks, len(x[0]), width)),
-        )
-        parameters = {name: dict(layer) for name, layer in self._parameters.items()}
+        # The tape holds every layer of so many networks.
+        part = self._that_fit(len(x[0]), layers=1 + len(self._parameters["hidden"]["w"]))
+        starts = range(0, len(self.settings), part)
+        errors = [self._error_signals(x, y, slice(i, i + part)) for i in starts]
+        trim_memory()
+        return np.concatenate(errors)
+
+    def _error_signals(self, x, y, networks):
+        """Return `error_signals` of some of the networks."""
+
+        def those(array):
+            return array[..., networks, :, :]
+
+        parameters, moving = tf.nest.map_structure(those, (self._parameters, self._moving))
+        nudges = [
+            tf.repeat(tf.zeros_like(parameters[name]["shift"]), len(x[0]), axis=-2)
+            for name in ("first", "hidden")
+        ]
         with tf.GradientTape() as tape:
             tape.watch(nudges)  # something that is added to z has the gradient of z
-            parameters["first"]["nudge"], parameters["hidden"]["nudge"] = nudges
-            logits, _ = _forward(self._kind, parameters, self._moving, x, True)
+            for name, nudge in zip(("first", "hidden"), nudges, strict=True):
+                parameters[name] = parameters[name] | {"nudge": nudge}
+            logits, _ = _forward(self._kind, parameters, moving, x, True)
             loss = tf.reduce_sum(_cross_entropy(y, logits))
-        first, hidden = tape.gradient(loss, nudges)
+        first, hidden = tape.gradient(loss, nudges, unconnected_gradients="zero")
         errors = np.concatenate([first[None], hidden])
         return np.sqrt(np.mean(errors**2, axis=(2, 3))).T
 
 
 _PARTS = ("first", "hidden", "last")
+
+# A layer's outputs take 4 bytes each, and a step of it makes several arrays of that size.
+_ACTIVATIONS_AT_ONCE = 2_000_000
 
 
 class _Kind(NamedTuple):
@@ -495,7 +520,7 @@ def _forward(kind, parameters, moving, x, training):
     return logits, {"first": first, "hidden": hidden}
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)  # a compiled step takes some 10 MB
 def _compiled_step(kind):
     """Return a training step of fleets of one kind.
 

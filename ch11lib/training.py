@@ -946,7 +946,7 @@ def _over_batches(step, order, batch_size, sizes):
 # --- which models can share a program -------------------------------------------------------------
 
 #: A traced epoch takes a few megabytes.
-MAX_PROGRAMS = 64
+MAX_PROGRAMS = 16
 
 _lock = threading.RLock()
 _shared_programs: OrderedDict = OrderedDict()

@@ -170,6 +170,18 @@ def test_error_signals_are_those_of_the_definition(scale):
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("kind", ["plain", "batch norm", "layer norm"])
+def test_treating_a_part_at_a_time_changes_nothing(monkeypatch, depth, kind):
+    fleet = Fleet(depth, 6, seeds=[7, 9, 11], **SMALL, **KINDS[kind])
+    whole = fleet.evaluate(X, Y), fleet.error_signals(X, Y)
+    monkeypatch.setattr(fleets, "_ACTIVATIONS_AT_ONCE", 100)
+    np.testing.assert_allclose(fleet.evaluate(X, Y), whole[0], rtol=1e-5)
+    np.testing.assert_allclose(fleet.error_signals(X, Y), whole[1], rtol=1e-5)
+    assert whole[1].shape == (3, depth)
+    assert (whole[1] > 0).all()
+
+
 def test_layers_start_with_the_announced_scale():
     fleet = Fleet(3, 200, seeds=[0], scales=[1.0, 2.0], gain=2.0, **SMALL)
     stds = fleet._parameters["hidden"]["w"].numpy().std(axis=(0, 2, 3))
