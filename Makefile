@@ -20,7 +20,7 @@ VARIANTS := TF_ENABLE_ONEDNN_OPTS=1 CH11_XLA=0 CH11_SEED=1 \
 NOTEBOOKS := $(shell find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' 2>/dev/null)
 
 .DELETE_ON_ERROR:
-.PHONY: help run test test-numerics test-browser lab refresh tables assignments docs clean
+.PHONY: help run test test-numerics test-browser lab refresh tables margins assignments docs clean
 
 help:  ## say what there is (this list)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,11 @@ refresh: $(VENV)/.installed  ## execute the notebooks and store their outputs in
 
 tables: run  ## execute all, and put times and memory into the tables of README.md and notebook 00
 	$(PY) docs/tables.py build/notebooks.csv
+
+# Some five hours on two cores; repeat it after an interruption, what was measured stays.
+margins: $(VENV)/.installed  ## check all claims with twenty blocks of seeds, for the page of claims
+	$(PY) -m ch11lib run --seeds 0-19 --jobs 2 --out build/seeds notebooks/*.ipynb
+	cp build/seeds/claims_by_id.csv ch11lib/margins.csv
 
 assignments: $(VENV)/.installed-course  ## make what is handed out (release) from the sources
 	cd notebooks/assignments && for name in $$(ls source); do \

@@ -16,6 +16,7 @@ from functools import cached_property
 import hashlib
 from html import escape
 from importlib import metadata
+import itertools
 import json
 import math
 import os
@@ -613,15 +614,15 @@ _PAGE = """\
 {%- endblock -%}
 """
 
-_INDEX = """\
+_LIST_PAGE = """\
 <!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Training deep neural networks</title>
+<title>{title}</title>
 <style>
-  body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+  body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: {width}; margin: 2rem auto; padding: 0 1rem; }}
   div[role=region] {{ overflow-x: auto; }}
   td, th {{ padding: 0.2rem 1rem 0.2rem 0; text-align: left; vertical-align: top; }}
   td.number, th.number {{ text-align: right; }}
@@ -629,22 +630,15 @@ _INDEX = """\
 </head>
 <body>
 <main>
-<h1>Training deep neural networks</h1>
-<div role="region" aria-label="Notebooks" tabindex="0">
-<table>
-<thead><tr><th scope="col">Notebook</th><th scope="col" class="number">Seconds</th>
-<th scope="col" class="number">Peak memory, MB</th><th scope="col" class="number">Claims that hold</th>
-<th scope="col">Remarks</th></tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</div>
-{reference}
+<h1>{title}</h1>
+{body}
 </main>
 </body>
 </html>
 """  # noqa: E501
+
+# What `measure` found over many seeds (`make margins`), a line per claim as `by_claim` returns it.
+_MARGINS = Path(__file__).with_name("margins.csv")
 
 _NOTEBOOK_LINK = re.compile(r'(<a\b[^>]*\bhref="(?![a-z]+:|/)[^"#?]*)\.ipynb(?=["#])')
 
@@ -731,7 +725,6 @@ def _navigation(path: Path, pages: dict[Path, str]) -> str:
 
 def _index(pages: dict[Path, str], executions: dict[Path, Execution], html: Path) -> str:
     rows, reference = [], "api/ch11lib.html"  # which `make docs` writes
-    link = f'<p><a href="{reference}">Reference of the library</a></p>'
     for target in sorted(pages, key=lambda p: (p.parent.name != "", p)):
         cells = ["", "", ""]
         remarks = "from an earlier run"
@@ -744,13 +737,61 @@ def _index(pages: dict[Path, str], executions: dict[Path, Execution], html: Path
                 f"{holding} of {one.n_claims}" if one.n_claims else "",
             ]
             remarks = "<br>".join(map(escape, _remarks(one)))
-        numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
-        rows.append(
-            f'<tr><td><a href="{target.as_posix()}">{escape(pages[target])}</a></td>'
-            f"{numbers}<td>{remarks}</td></tr>"
-        )
-    link = link if (html / reference).exists() else ""
-    return _INDEX.format(rows="\n".join(rows), reference=link)
+        link = f'<a href="{target.as_posix()}">{escape(pages[target])}</a>'
+        rows.append([link, *cells, remarks])
+    head = ["Notebook", "Seconds", "Peak memory, MB", "Claims that hold", "Remarks"]
+    body = [_html_table("Notebooks", head, rows, numbers=(1, 2, 3))]
+    body.append('<p><a href="claims.html">All claims, with verdicts and margins</a></p>')
+    if (html / reference).exists():
+        body.append(f'<p><a href="{reference}">Reference of the library</a></p>')
+    title = "Training deep neural networks"
+    return _LIST_PAGE.format(title=title, width="60rem", body="\n".join(body))
+
+
+def _html_table(label: str, head: list[str], rows: list[list[str]], numbers: Sequence[int]) -> str:
+    """Return a table of cells that are HTML; `numbers` are the columns that hold numbers."""
+
+    def row(kind: str, cells: list[str]) -> str:
+        classes = [' class="number"' if i in numbers else "" for i in range(len(cells))]
+        parts = zip(classes, cells, strict=True)
+        return "<tr>" + "".join(f"<{kind}{c}>{cell}</{kind[:2]}>" for c, cell in parts) + "</tr>"
+
+    lines = [f'<div role="region" aria-label="{label}" tabindex="0">', "<table>"]
+    lines += ["<thead>", row('th scope="col"', head), "</thead>", "<tbody>"]
+    lines += [*(row("td", cells) for cells in rows), "</tbody>", "</table>", "</div>"]
+    return "\n".join(lines)
+
+
+def _claims_page(pages: dict[Path, str], executions: dict[Path, Execution]) -> str:
+    """Return a page with all claims: what is said, what is right, and what was measured."""
+    measured = {c["id"]: c["evidence"] for one in executions.values() for c in one.claims}
+    margins = pd.read_csv(_MARGINS, index_col="id") if _MARGINS.exists() else pd.DataFrame()
+    head = ["Said", "Verdict", "In fact", "Measured in this run", "Held", "Worst margin"]
+    catalogue = claims.catalogue().values()
+    body = [
+        f"<p>{len(catalogue)} statements from books, notes and courses, and what the notebooks "
+        "find. <em>Held</em> and <em>Worst margin</em> are from earlier runs with other seeds "
+        "(<code>make margins</code>): in how many of them the check held, and how far the worst "
+        "measurement was from its bound, as a share of that bound or of half the interval.</p>",
+        '<p><a href="index.html">All notebooks</a></p>',
+    ]
+    for number, group in itertools.groupby(catalogue, lambda claim: claim.notebook):
+        rows = []
+        for claim in group:
+            said = f'<span id="{claim.id}">{escape(claim.statement)}</span>'
+            cells = [f"{said}<br><code>{claim.id}</code>", claim.verdict, escape(claim.correction)]
+            cells += [escape(measured.get(claim.id, "")), "", ""]
+            if claim.id in margins.index:
+                line = margins.loc[claim.id]
+                cells[4] = f"{round(line.pass_rate * line.runs)} of {line.runs:.0f}"
+                cells[5] = "" if math.isnan(line.margin_worst) else f"{line.margin_worst:.2g}"
+            rows.append(cells)
+        names = {t: name for t, name in pages.items() if t.name.startswith(f"{number}_")}
+        target = next((t for t in names if not t.parent.name), None)
+        heading = f'<a href="{target.name}">{escape(names[target])}</a>' if target else "not run"
+        body += [f"<h2>{number} {heading}</h2>"]
+        body += [_html_table(f"Claims of notebook {number}", head, rows, numbers=(4, 5))]
+    return _LIST_PAGE.format(title="Claims", width="90rem", body="\n".join(body))
 
 
 def _remarks(execution: Execution) -> list[str]:
@@ -765,7 +806,7 @@ def run(
     timeout: float = CELL_TIMEOUT,
     on_cell: Callable[[], object] | None = None,
 ) -> Iterator[Execution]:
-    """Execute notebooks and write pages to read to ``out/html``, with an index.
+    """Execute notebooks and write pages to read to ``out/html``, with an index and all claims.
 
     What was measured of each goes to ``out/notebooks.csv``. The notebooks are not changed. A
     notebook that fails gets a page too, up to the failure, and the others go on.
@@ -816,6 +857,7 @@ def run(
     finally:
         written = {t: name for t, name in pages.items() if (html / t).exists()}
         if written:
+            (html / "claims.html").write_text(_claims_page(written, executions), encoding="utf-8")
             (html / "index.html").write_text(_index(written, executions, html), encoding="utf-8")
             rows = [
                 {

@@ -337,7 +337,7 @@ def test_pages_show_outputs_and_alternative_texts(site):
 def test_every_local_link_of_the_pages_leads_somewhere(site):
     folder = site[0] / "build/html"
     pages = sorted(folder.rglob("*.html"))
-    assert len(pages) == 4
+    assert len(pages) == 5
     for page in pages:
         hrefs = [a["href"] for a in soup(page).find_all("a")]
         for href in hrefs:
@@ -385,6 +385,32 @@ def test_every_formula_of_the_series_is_understood():
     assert found > 500
 
 
+def test_the_page_of_claims_has_them_all_with_what_was_measured(tmp_path, monkeypatch):
+    path = write(
+        tmp_path / f"{claims.catalogue()[CLAIM].notebook}_x.ipynb",
+        "# Fine",
+        IMPORT + f"claims.check('{CLAIM}', True, '1 < 2')",
+    )
+    margins = tmp_path / "margins.csv"
+    monkeypatch.setattr(notebooks, "_MARGINS", margins)
+    folder = tmp_path / "build/html"
+
+    def row():
+        list(notebooks.run([path], tmp_path / "build"))
+        page = soup(folder / "claims.html")
+        assert {cell["id"] for cell in page.select("td span")} == set(claims.catalogue())
+        assert page.select_one(f'h2 a[href="{path.stem}.html"]').text == "Fine"
+        return [cell.text for cell in page.find(id=CLAIM).find_parent("tr").find_all("td")]
+
+    claim = claims.catalogue()[CLAIM]
+    said = [claim.statement + CLAIM, claim.verdict, claim.correction, "1 < 2"]
+    assert row() == [*said, "", ""]
+    table = pd.DataFrame({"id": [CLAIM] * 3, "holds": [True, True, False], "margin": [2, 1, -0.25]})
+    notebooks.by_claim(table).to_csv(margins, index=False)
+    assert row() == [*said, "2 of 3", "-0.25"]
+    assert "claims.html" in [a["href"] for a in soup(folder / "index.html").find_all("a")]
+
+
 def test_the_index_leads_to_the_reference_if_it_is_there(tmp_path):
     path = write(tmp_path / "01_a.ipynb", "# One")
     for there in (False, True):
@@ -393,7 +419,7 @@ def test_the_index_leads_to_the_reference_if_it_is_there(tmp_path):
             (tmp_path / "build/html/api/ch11lib.html").touch()
         list(notebooks.run([path], tmp_path / "build"))
         hrefs = [a["href"] for a in soup(tmp_path / "build/html/index.html").find_all("a")]
-        assert hrefs == ["01_a.html", "api/ch11lib.html"][: 1 + there]
+        assert hrefs == ["01_a.html", "claims.html", "api/ch11lib.html"][: 2 + there]
 
 
 def test_a_partial_run_keeps_the_other_pages_in_reach(site):
