@@ -296,13 +296,13 @@ def prelu(z: ArrayLike, alpha: ArrayLike) -> np.ndarray:
     array([[-1.,  4.],
            [-1., -2.]])
     """
-    return np.where(z > 0, z, alpha * z)
+    return np.where(z > 0, z, np.asarray(alpha) * z)
 
 
 @_derivative_of(prelu)
 def _(z, alpha):
     # Keras writes relu(z) - alpha * relu(-z), of which neither term has a slope at 0.
-    return np.where(z == 0, 0, np.where(z > 0, 1, alpha))
+    return np.where(z == 0, 0, np.where(z > 0, 1, np.asarray(alpha)))
 
 
 @_elementwise

@@ -24,6 +24,7 @@ normalization, arXiv:1902.08129.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 from ch11lib.backend import keras
@@ -92,7 +93,7 @@ def _input(x: ArrayLike, epsilon: float) -> np.ndarray:
     x = _floating(x, "x")
     if x.size == 0:
         raise ValueError(f"x must hold at least one value; received shape {x.shape}")
-    if not 0 <= epsilon < math.inf:
+    if not (isinstance(epsilon, Real) and 0 <= epsilon < math.inf):
         raise ValueError(f"epsilon must be finite and at least 0; received {epsilon!r}")
     return x
 
@@ -294,7 +295,7 @@ def moving_average(moving: ArrayLike, batch: ArrayLike, momentum: float = 0.99) 
     >>> moving_average([0.0, 1.0], [10.0, 2.0], momentum=0.9).round(6).tolist()
     [1.0, 1.1]
     """
-    if not 0 <= momentum <= 1:
+    if not (isinstance(momentum, Real) and 0 <= momentum <= 1):
         raise ValueError(f"momentum must lie between 0 and 1; received {momentum!r}")
     moving, batch = _floating(moving, "moving"), _floating(batch, "batch")
     if moving.shape != batch.shape:

@@ -27,6 +27,7 @@ normalization, arXiv:2102.06171.
 from collections.abc import Callable, Sequence
 import functools
 import math
+from numbers import Real
 from typing import Any
 
 from ch11lib.backend import keras, tf
@@ -95,7 +96,8 @@ def _each(function: Callable, gradients: Gradients):
 
 
 def _check_threshold(name: str, value: float) -> None:
-    if isinstance(value, bool) or np.ndim(value) != 0 or not value > 0:  # also refuses NaN
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and value > 0):  # also refuses NaN
         raise ValueError(f"{name} must be a positive number; received {value!r}")
 
 
@@ -272,10 +274,11 @@ def angle(a: Gradients, b: Gradients) -> float:
     units = []
     for gradients in (first, second):
         vector = np.concatenate([g.astype(np.float64).ravel() for g in gradients if g is not None])
-        norm = np.linalg.norm(vector)
-        if norm == 0 or not np.isfinite(norm):
+        largest = np.abs(vector).max(initial=0.0)
+        if largest == 0 or not np.isfinite(largest):
             return math.nan
-        units.append(vector / norm)
+        vector /= largest  # whose squares neither vanish nor overflow
+        units.append(vector / np.linalg.norm(vector))
     u, v = units
     return math.degrees(2 * math.atan2(np.linalg.norm(u - v), np.linalg.norm(u + v)))
 
@@ -314,8 +317,10 @@ def adaptive_clip(
     >>> adaptive_clip(np.ones((2, 2)), weight, clip=0.1).round(3).tolist()
     [[0.354, 0.071], [0.354, 0.071]]
     """
-    _check_threshold("clip", clip)
-    _check_threshold("epsilon", epsilon)
+    for name, value in {"clip": clip, "epsilon": epsilon}.items():
+        _check_threshold(name, value)
+        if math.isinf(value):
+            raise ValueError(f"{name} must be finite; received {value!r}")
     g, w = _array(gradient, "gradient"), _array(weight, "weight")
     if g is None or w is None or g.shape != w.shape:
         shapes = [None if array is None else array.shape for array in (g, w)]

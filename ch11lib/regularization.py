@@ -73,6 +73,8 @@ def penalty(weights: ArrayLike | Sequence[ArrayLike], *, l1: float = 0.0, l2: fl
     l1, l2 = _strength("l1", l1), _strength("l2", l2)
     parts = weights if isinstance(weights, list | tuple) else [weights]
     arrays = [np.asarray(w, np.float64) for w in parts]
+    if any(np.isnan(w).any() for w in arrays):
+        raise ValueError("weights must be numbers, received NaN or None")
     return float(sum(l1 * np.abs(w).sum() + l2 * np.square(w).sum() for w in arrays))
 
 
@@ -504,6 +506,11 @@ def temperature(logits: ArrayLike, y: ArrayLike) -> float:
     1.82
     """
     logits = np.asarray(logits, np.float64)
+    if logits.ndim != 2 or len(logits) != np.size(y) or not np.isfinite(logits).all():
+        raise ValueError(
+            f"logits must be finite, a row for each of the {np.size(y)} labels y, received shape "
+            f"{logits.shape}, or infinite numbers"
+        )
     _predictions(special.softmax(logits, axis=-1), y)
 
     def loss(log_t):
@@ -555,7 +562,7 @@ def crossed_interval(
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"values must have shape (networks, images), received {values.shape}")
-    if not 0 < level < 1:
+    if not 0 < _number("level", level) < 1:
         raise ValueError(f"level must be in (0, 1), received {level}")
     rng, (rows, columns) = np.random.default_rng(seed), values.shape
     a = rng.multinomial(rows, np.full(rows, 1 / rows), size=repeats) / rows
@@ -585,7 +592,10 @@ def entropy(probabilities: ArrayLike) -> np.ndarray:
     >>> entropy([[1.0, 0.0], [0.5, 0.5]]).round(3)
     array([0.   , 0.693])
     """
-    return special.entr(np.asarray(probabilities, np.float64)).sum(axis=-1)
+    probabilities = np.asarray(probabilities, np.float64)
+    if np.isnan(probabilities).any() or not probabilities.ndim:
+        raise ValueError("probabilities must be an array of numbers, received NaN or no array")
+    return special.entr(probabilities).sum(axis=-1)
 
 
 def mutual_information(passes: ArrayLike) -> np.ndarray:
@@ -615,8 +625,10 @@ def mutual_information(passes: ArrayLike) -> np.ndarray:
     [0.0, 0.693]
     """
     passes = np.asarray(passes, np.float64)
-    if passes.ndim < 2 or not len(passes):
-        raise ValueError(f"passes must have shape (passes, ..., classes), received {passes.shape}")
+    if passes.ndim < 2 or not len(passes) or np.isnan(passes).any():
+        raise ValueError(
+            f"passes must have shape (passes, ..., classes) and no NaN, received {passes.shape}"
+        )
     return entropy(passes.mean(axis=0)) - entropy(passes).mean(axis=0)
 
 
@@ -906,8 +918,12 @@ class RegularizedFleet:
         noise = [None] * 3
         if seed is not None:
             noise = [self._uniforms((len(x),), i, (2**32 + seed)) for i in range(3)]
-        x = tf.constant(x, tf.float32)[None]
-        return _forward(self._weights, self._numbers, x, noise).numpy()
+        x, found = np.asarray(x, np.float32), []
+        for i in range(0, max(1, len(x)), 250):  # less memory
+            part = slice(i, i + 250)
+            own = [None if u is None else u[:, part] for u in noise]
+            found.append(_forward(self._weights, self._numbers, x[None, part], own).numpy())
+        return np.concatenate(found, axis=1)
 
     def evaluate(
         self, x: ArrayLike, y: ArrayLike, rows: Mapping[int, ArrayLike] | None = None

@@ -1153,6 +1153,11 @@ def suggest_rates(
     ({'steepest': 0.0191, 'minimum': 0.01, 'blow-up': 0.0437}, '')
     """
     rates, losses, smoothed = (np.asarray(a, np.float64) for a in (rates, losses, smoothed))
+    for name, array in {"rates": rates, "losses": losses, "smoothed": smoothed}.items():
+        if array.ndim != 1 or np.isnan(array).any():
+            raise ValueError(
+                f"{name} must be a list of numbers; received shape {array.shape}, or NaN"
+            )
     found = dict.fromkeys(("steepest", "minimum", "blow-up"), math.nan)
     if len(losses) < 2 * _START:
         return found, f"training diverged at once, at {diverged_at:.3g}: take a smaller lowest rate"

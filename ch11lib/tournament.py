@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import itertools
 import math
+from numbers import Real
 from typing import NamedTuple
 
 from ch11lib import training
@@ -318,6 +319,10 @@ def steps_to_target(losses: ArrayLike, target: float, window: int = 1) -> np.nda
     array([3., 2.])
     """
     losses = np.asarray(losses, dtype=np.float64)
+    if not (isinstance(target, Real) and np.isfinite(target)):
+        raise ValueError(f"target must be a finite number, received {target!r}")
+    if losses.ndim < 1 or not losses.size:
+        raise ValueError(f"losses must have a step and a run, received shape {losses.shape}")
     if not 1 <= window <= len(losses):
         raise ValueError(f"window must be from 1 to {len(losses)}, the steps; received {window}")
     windows = np.lib.stride_tricks.sliding_window_view(losses, window, axis=0)
@@ -394,6 +399,8 @@ def good_decades(rates: ArrayLike, scores: ArrayLike, tolerance: float) -> float
             f"scores must have one number for each of the {len(rates)} rates; "
             f"received shape {np.shape(scores)}"
         )
+    if not (isinstance(tolerance, Real) and 0 <= tolerance < np.inf):
+        raise ValueError(f"tolerance must be a number of 0 or more, received {tolerance!r}")
     decades = np.log10(rates.astype(np.float64))
     fine = np.linspace(decades[0], decades[-1], 2001)
     values = np.interp(fine, decades, scores)
