@@ -28,6 +28,7 @@ import random
 import threading
 import time
 from typing import Any, NamedTuple
+import warnings
 
 from ch11lib import training
 from ch11lib.backend import keras, tf, trim_memory
@@ -609,10 +610,22 @@ def _run_all(arms, trials, splits, protocol, store, n_jobs, title) -> Iterator[t
             )
             for i in missing
         ]
-        for i, run in parallel(jobs):
-            store.keep(keys.get(i), run)
-            bar.update()
-            yield i, run
+        with _closing(parallel(jobs)) as runs:
+            for i, run in runs:
+                store.keep(keys.get(i), run)
+                bar.update()
+                yield i, run
+
+
+@contextlib.contextmanager
+def _closing(runs):
+    """Give up the runs that are still to be made when something fails outside of them."""
+    try:
+        yield runs
+    finally:
+        with warnings.catch_warnings():  # joblib's, that runs were given up
+            warnings.simplefilter("ignore")
+            runs.close()
 
 
 def _runs_at_a_time(n_jobs):

@@ -557,6 +557,8 @@ def refresh(
     ------
     NotebookError
         If there was any error or warning (see `Execution`); the file is then left as it was.
+    OSError
+        If the file cannot be written.
     """
     execution = execute(path, timeout=timeout, on_cell=on_cell)
     problems = execution.errors + execution.warnings
@@ -570,6 +572,8 @@ def refresh(
     try:
         part.write_text(text, encoding="utf-8", newline="\n")
         os.replace(part, execution.path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written, and is as it was: {error}") from error
     finally:
         part.unlink(missing_ok=True)
     return execution

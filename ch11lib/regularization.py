@@ -919,11 +919,16 @@ class RegularizedFleet:
         if seed is not None:
             noise = [self._uniforms((len(x),), i, (2**32 + seed)) for i in range(3)]
         x, found = np.asarray(x, np.float32), []
-        for i in range(0, max(1, len(x)), 250):  # less memory
-            part = slice(i, i + 250)
+        for part in self._parts(len(x)):
             own = [None if u is None else u[:, part] for u in noise]
             found.append(_forward(self._weights, self._numbers, x[None, part], own).numpy())
         return np.concatenate(found, axis=1)
+
+    def _parts(self, n):
+        """Yield slices of n examples whose activations take little memory."""
+        size = max(1, _ACTIVATIONS_AT_ONCE // self._weights[1][..., 0].shape.num_elements())
+        for i in range(0, max(1, n), size):
+            yield slice(i, i + size)
 
     def evaluate(
         self, x: ArrayLike, y: ArrayLike, rows: Mapping[int, ArrayLike] | None = None
@@ -935,9 +940,9 @@ class RegularizedFleet:
         x, y = np.asarray(x, np.float32), np.asarray(y)
         own = self._rows(len(x), rows)
         found = []
-        for i in range(0, own.shape[1], 250):  # less memory
-            part = own[:, i : i + 250]
-            seen = x[None, i : i + 250] if rows is None else x[part]
+        for some in self._parts(own.shape[1]):
+            part = own[:, some]
+            seen = x[None, some] if rows is None else x[part]
             outputs = _forward(self._weights, self._numbers, seen, [None] * 3).numpy()
             likelihood = special.log_softmax(outputs, axis=-1)
             own_class = np.take_along_axis(likelihood, y[part][..., None], axis=-1)[..., 0]
@@ -948,6 +953,10 @@ class RegularizedFleet:
             accuracy=right,
             norm=np.sqrt(sum(np.square(w).sum(axis=(1, 2)) for w in self.kernels())),
         )
+
+
+# A layer's outputs take 4 bytes each, and a pass makes several arrays of that size.
+_ACTIVATIONS_AT_ONCE = 1_000_000
 
 
 def _shifted(x):

@@ -172,7 +172,8 @@ def test_compacting_hardly_changes_a_pixel():
     for name, figure in draw_everything().items():
         compact = pixels(plotting.png(figure)).astype(int)
         exact = pixels(plotting.png(figure, compact=False)).astype(int)
-        assert np.abs(compact - exact).mean() < 0.5, name
+        seen = np.abs(compact - exact).max(axis=-1) > 32  # an eighth of the way to white
+        assert seen.mean() < 0.01, name
 
 
 def test_importing_and_drawing_does_without_pyplot_and_tensorflow():

@@ -83,7 +83,7 @@ def picture(page):
 
 
 def move(page, control):
-    """Move a control with the keyboard alone, until the picture is another one."""
+    """Move a control with the keyboard alone, until the picture is another one, and go back."""
     before = picture(page)
     changed = f"[...document.querySelectorAll('.jupyter-widgets img')].at(-1).src != {before!r}"
     select, box, handle = (
@@ -91,7 +91,8 @@ def move(page, control):
     )
     target = next(t for t in (select, box, handle) if t.count())
     target.first.focus()
-    for key in ["Space"] if box.count() else ["End", "Home"]:
+    keys = ["Space"] * 2 if box.count() else ["End", "Home"]
+    for key, back in zip(keys, reversed(keys), strict=True):
         page.keyboard.press(key)
         try:
             page.wait_for_function(changed, timeout=20_000)
@@ -99,6 +100,9 @@ def move(page, control):
             if "Timeout" not in type(error).__name__:
                 raise
             continue
+        # At an extreme of one control the next may have no effect.
+        page.keyboard.press(back)
+        page.wait_for_timeout(1_000)
         return True
     return False
 
