@@ -14,9 +14,9 @@ NBVAL := -q -o addopts= --nbval --nbval-current-env \
 	--nbval-sanitize-with=tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout=300 --nbval-kernel-startup-timeout=180 \
 	-p no:cacheprovider -n 2 --dist loadscope tests/conftest.py
-# Of test-numerics: other kernels of TensorFlow, one thread, no XLA, another block of seeds.
-VARIANTS := TF_ENABLE_ONEDNN_OPTS=1 CH11_XLA=0 CH11_SEED=1 \
-	TF_NUM_INTRAOP_THREADS=1+TF_NUM_INTEROP_THREADS=1+OMP_NUM_THREADS=1
+# Of test-numerics, with other seeds each: TensorFlow's other kernels; no XLA and one thread.
+VARIANTS := TF_ENABLE_ONEDNN_OPTS=1+CH11_SEED=1 \
+	CH11_XLA=0+TF_NUM_INTRAOP_THREADS=1+TF_NUM_INTEROP_THREADS=1+OMP_NUM_THREADS=1+CH11_SEED=2
 NOTEBOOKS := $(shell find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' 2>/dev/null)
 
 .DELETE_ON_ERROR:
