@@ -29,9 +29,10 @@ help:  ## say what there is (this list)
 run: $(VENV)/.installed  ## execute the notebooks, write pages to read under build/
 	$(PY) -m ch11lib run $(ARGS)
 
-test: $(VENV)/.installed-test  ## all tests: style, unit tests, notebooks against their outputs
+test: $(VENV)/.installed-test  ## all tests: style, types, unit tests, notebooks against their outputs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) -m pytest -n 2
 ifneq ($(NOTEBOOKS),)
 	$(NOTEBOOK_ENV) $(PY) -m pytest $(NBVAL) notebooks
@@ -68,7 +69,7 @@ docs: $(VENV)/.installed-docs  ## write the reference of the library under build
 	$(PY) docs/reference.py build/html/api
 
 clean:  ## delete all that these commands made: .venv, build/, caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps say what was installed last; a newer pyproject.toml asks for it again.

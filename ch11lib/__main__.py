@@ -153,7 +153,8 @@ def _run(args: argparse.Namespace) -> int:
         return _measure(args, paths)
     if args.jobs is not None:
         raise notebooks.NotebookError("--jobs goes with --seeds")
-    rows, remarks = [], []
+    rows: list[list[str]] = []
+    remarks: list[str] = []
     try:
         with _progress(paths) as (begin, tick):
             begin(paths[0])

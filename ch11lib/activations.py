@@ -551,7 +551,7 @@ def linear(z: ArrayLike) -> np.ndarray:
     >>> linear([-1, 2])
     array([-1.,  2.])
     """
-    return z
+    return np.asarray(z)
 
 
 @_derivative_of(linear)

@@ -274,7 +274,7 @@ def _aligned(**arguments: ArrayLike) -> list[np.ndarray]:
     """Return the arguments as arrays of one shape."""
     arrays = [_real(name, value) for name, value in arguments.items()]
     try:
-        return np.broadcast_arrays(*arrays)
+        return list(np.broadcast_arrays(*arrays))
     except ValueError:
         shapes = ", ".join(f"{n} {a.shape}" for n, a in zip(arguments, arrays, strict=True))
         raise ValueError(f"shapes do not fit each other: {shapes}") from None

@@ -69,7 +69,7 @@ class _Run:
         return self.with_net(kernel_initializer=start)
 
     def with_data(self, **arrays: np.ndarray) -> _Run:
-        return replace(self, data=replace(self.data, **arrays))
+        return replace(self, data=replace(self.data, **arrays))  # type: ignore[arg-type]
 
 
 _SGD, _ADAM = functools.partial(keras.optimizers.SGD, momentum=0.9), keras.optimizers.Adam

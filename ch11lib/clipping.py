@@ -80,7 +80,7 @@ def _is_list(gradients) -> bool:
 
 
 def _arrays(gradients: Gradients, name: str = "gradients") -> list[np.ndarray | None]:
-    items = gradients if _is_list(gradients) else [gradients]
+    items: list = list(gradients) if _is_list(gradients) else [gradients]  # type: ignore[arg-type]
     arrays = [_array(item, name) for item in items]
     if all(array is None for array in arrays):
         raise ValueError(f"{name} must hold at least one gradient; received None only")
@@ -440,6 +440,10 @@ class _RecordsNorms:
     #: Set by `record_norms` before the optimizer is built.
     _norms_kept = 1
 
+    # Of the optimizer.
+    built: bool
+    iterations: Any
+
     def build(self, variables):
         """Create the optimizer's variables and the record."""
         super().build(variables)
@@ -560,7 +564,7 @@ def record_norms(optimizer: keras.optimizers.Optimizer, steps: int) -> keras.opt
         )
     kind = type(optimizer)
     # Under the name of the plain class, so that clones and saved models find that one.
-    recording = type(kind.__name__, (_RecordsNorms, kind), {"__module__": kind.__module__})
+    recording: Any = type(kind.__name__, (_RecordsNorms, kind), {"__module__": kind.__module__})
     copy = recording.from_config(optimizer.get_config())
     copy._norms_kept = int(steps)
     return copy

@@ -372,7 +372,8 @@ def load_fashion_mnist(size: str = "12k", *, progressbar: bool = True) -> Datase
     else:
         raise ValueError(f'size must be "12k" or "full", got {size!r}')
     arrays = [a for x, y in parts for a in (x / np.float32(255), y.astype(np.int32))]
-    return Dataset(*arrays, CLASS_NAMES, f"fashion-mnist-{size}", source)
+    name = f"fashion-mnist-{size}"
+    return Dataset(*arrays, CLASS_NAMES, name, source)  # type: ignore[call-arg, arg-type]
 
 
 # --------------------------------------------------------------------------- embedded images

@@ -897,7 +897,7 @@ class Difference:
 
 def _text(value) -> str:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return number(value)
+        return number(float(value))
     return str(getattr(value, "__name__", value))
 
 

@@ -163,7 +163,7 @@ class Fleet:
         if adam or callable(inertia) or inertia:
             self._velocity = tf.nest.map_structure(tf.zeros_like, self._parameters)
         self._squares = self._velocity if adam else {}
-        self._masks = {}
+        self._masks: dict[str, tf.Tensor] = {}
 
     def _each(self, column: str) -> np.ndarray:
         """Return a setting of every network so that it broadcasts against their weights."""
@@ -376,7 +376,8 @@ class Fleet:
 
         A network whose outputs are no longer finite has an infinite loss and accuracy 0.
         """
-        y, part = np.asarray(y), len(x) if training else self._that_fit(len(self.settings))
+        x, y = np.asarray(x), np.asarray(y)
+        part = len(x) if training else self._that_fit(len(self.settings))
         losses, right, finite = [], [], True
         for i in range(0, len(x), part):
             outputs = self.outputs(x[i : i + part], training=training)

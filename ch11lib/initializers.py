@@ -156,7 +156,8 @@ def fans(shape: Sequence[int]) -> tuple[int, int]:
     if any(size < 1 for size in shape):
         raise ValueError(f"shape must contain positive sizes only; received {shape}")
     if len(shape) < 2:
-        return (shape or (1,)) * 2
+        size = shape[0] if shape else 1
+        return size, size
     window = math.prod(shape[:-2])
     return window * shape[-2], window * shape[-1]
 
@@ -412,7 +413,7 @@ def _rules(rules, depth: int, argument: str) -> list[Rule]:
     for rule in rules:
         if isinstance(rule, str):
             _scheme(rule)
-        elif not callable(rule) and not (isinstance(rule, Real) and 0 <= rule < math.inf):
+        elif not callable(rule) and not (isinstance(rule, Real) and 0 <= float(rule) < math.inf):
             raise ValueError(
                 f"{argument} must be the name of an initializer, a standard deviation of at least "
                 f"0, or a function of (shape, rng); received {rule!r}"
@@ -612,7 +613,7 @@ def statistics(layers: Iterable[Layer], **extra: Callable[[Layer], float]) -> pd
         }
         row["h_mean_square"] = row["h_mean"] ** 2 + row["h_std"] ** 2
         row["dead"] = np.mean(~layer.h.any(axis=0))
-        if layer.dz is not None:
+        if layer.dz is not None and layer.dw is not None:
             row["dz_rms"] = np.linalg.norm(layer.dz) / math.sqrt(layer.dz.size)
             row["w_norm"] = np.linalg.norm(layer.w)
             row["dw_norm"] = np.linalg.norm(layer.dw)

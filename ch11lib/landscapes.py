@@ -47,14 +47,25 @@ class Surface:
         A point from which the way down is instructive.
     window : tuple
         ``((x_low, x_high), (y_low, y_high))``, which shows the way and the minima.
-    minima : numpy.ndarray
-        Local minima, shape (k, 2), the lowest first.
     """
 
     name: ClassVar[str]
     start: ClassVar[tuple[float, float]]
     window: ClassVar[tuple[tuple[float, float], tuple[float, float]]]
-    minima: np.ndarray
+
+    @property
+    def minima(self) -> np.ndarray:
+        """Local minima, shape (k, 2), the lowest first."""
+        raise NotImplementedError
+
+    def _value(self, x, y):
+        raise NotImplementedError
+
+    def _gradient(self, x, y):
+        raise NotImplementedError
+
+    def _hessian(self, x, y):
+        raise NotImplementedError
 
     def value(self, points: ArrayLike) -> np.ndarray:
         """Return the height at points of shape (..., 2); shape (...)."""

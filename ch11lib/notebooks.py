@@ -26,6 +26,7 @@ import re
 import tempfile
 import threading
 import time
+from typing import Any, BinaryIO
 
 from ch11lib import claims
 import joblib
@@ -205,8 +206,8 @@ def checked_claims(notebook: NotebookNode) -> list[tuple[str | None, int]]:
                     r"(ch11lib\.)?claims\.check", ast.unparse(node.func)
                 ):
                     first = node.args[0] if node.args else None
-                    literal = isinstance(first, ast.Constant) and isinstance(first.value, str)
-                    found.append((first.value if literal else None, position))
+                    literal = first.value if isinstance(first, ast.Constant) else None
+                    found.append((literal if isinstance(literal, str) else None, position))
     return found
 
 
@@ -384,7 +385,8 @@ def execute(
     memory, position, errors = _Memory(), [0], []
 
     def started(notebook: NotebookNode) -> None:
-        memory.start(client.km.provisioner.pid)
+        manager: Any = client.km
+        memory.start(manager.provisioner.pid)
 
     def begins(cell: NotebookNode, cell_index: int) -> None:
         position[0] = cell_index
@@ -456,7 +458,7 @@ def _where(path: Path, notebook: NotebookNode, position: int) -> str:
     return f"{path}, cell [{count}] `{first[:60]}`"
 
 
-def _last_words(terminal: object) -> str:
+def _last_words(terminal: BinaryIO) -> str:
     """Return what the kernel's process wrote to the terminal, shortened."""
     terminal.seek(0)
     text = terminal.read().decode(errors="replace")
@@ -994,14 +996,14 @@ def measure(
     """
     if not seeds or jobs < 1:
         raise ValueError(f"seeds must not be empty and jobs be positive, got {seeds!r} and {jobs}")
-    paths = [Path(path) for path in paths if checked_claims(read(path))]
-    if not paths:
+    checking = [Path(path) for path in paths if checked_claims(read(path))]
+    if not checking:
         raise NotebookError("none of these notebooks checks a claim")
     store = Path(out, "measurements")
     done: list[dict] = []
     todo = []
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else 0
-    for path in paths:
+    for path in checking:
         mark = fingerprint(path)
         for seed in seeds:
             file = store / f"{path.stem}-seed{seed}.json"
@@ -1018,7 +1020,7 @@ def measure(
             done.append(result)
             failed = [record["id"] for record in result["claims"] if not record["holds"]]
             say(
-                f"[{len(done)}/{len(paths) * len(seeds)}] {result['notebook']}, "
+                f"[{len(done)}/{len(checking) * len(seeds)}] {result['notebook']}, "
                 f"seed {result['seed']}: {result['seconds']:.0f} s, "
                 f"{len(result['claims']) - len(failed)} of {len(result['claims'])} claims hold"
                 + "".join(f"\n    {text}" for text in (*failed, *result["errors"]))

@@ -108,8 +108,13 @@ class Optimizer:
     state: list[SimpleNamespace] = field(default_factory=list, init=False, repr=False)
 
     _CLIPS: ClassVar = ("clipnorm", "clipvalue", "global_clipnorm")
-    _NOT_NEGATIVE: ClassVar = ("weight_decay", "epsilon", "beta", "initial_accumulator_value")
-    _BELOW_ONE: ClassVar = ("rho", "beta_1", "beta_2")
+    _NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
+        "weight_decay",
+        "epsilon",
+        "beta",
+        "initial_accumulator_value",
+    )
+    _BELOW_ONE: ClassVar[tuple[str, ...]] = ("rho", "beta_1", "beta_2")
 
     def __post_init__(self):
         if not callable(self.learning_rate):
@@ -678,7 +683,8 @@ def follow(optimizer: Any, gradients: ArrayLike, start: ArrayLike | None = None,
         raise ValueError(
             f"start must have the shape of one gradient, {shape}; received shape {theta.shape}"
         )
-    path, memory = [theta], {}
+    path: list[np.ndarray] = [theta]
+    memory: dict = {}
     if isinstance(optimizer, keras.optimizers.Optimizer | tf.compat.v1.train.Optimizer):
         return _follow_tensorflow(optimizer, gradients, theta)
     for t, g in enumerate(gradients, start=1):
@@ -715,7 +721,7 @@ def step_gap(one: ArrayLike, other: ArrayLike) -> float:
     >>> round(step_gap([0.0, 1.0, 2.0], [0.0, 1.0, 2.1]), 3)
     0.091
     """
-    if np.shape(one) != np.shape(other) or not np.ndim(one) or len(one) < 2:
+    if np.shape(one) != np.shape(other) or not np.ndim(one) or np.shape(one)[0] < 2:
         raise ValueError(
             "one and other must be paths of one shape with two points or more; "
             f"received shapes {np.shape(one)} and {np.shape(other)}"

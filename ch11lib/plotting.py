@@ -20,8 +20,10 @@ import io
 import re
 import sys
 import textwrap
+from typing import Any, Literal
 import zlib
 
+from cycler import cycler
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
@@ -63,7 +65,7 @@ _STYLE = {
     "axes.grid": True,
     "axes.labelsize": 10,
     "axes.linewidth": 0.8,
-    "axes.prop_cycle": matplotlib.cycler(color=_COLORS),
+    "axes.prop_cycle": cycler(color=_COLORS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -219,8 +221,8 @@ def subplots(
     *,
     panel: tuple[float, float] | None = None,
     title: str | None = None,
-    sharex: bool | str = False,
-    sharey: bool | str = False,
+    sharex: bool | Literal["row", "col"] = False,
+    sharey: bool | Literal["row", "col"] = False,
 ) -> tuple[Figure, "Axes | np.ndarray"]:
     """Create a figure in the style of the series, apart from pyplot.
 
@@ -269,7 +271,7 @@ def title(ax: Axes, text: str) -> None:
     text : str
         The finding: what a reader should see.
     """
-    inches = ax.get_position().width * ax.figure.get_figwidth()
+    inches = ax.get_position().width * ax.figure.figure.get_figwidth()
     with style():
         ax.set_title(textwrap.fill(text, width=max(int(14 * inches), 20)))
 
@@ -384,7 +386,8 @@ def _bands(ax: Axes, data: Mapping, x, theory: Mapping | None, labels: dict) -> 
         raise ValueError(f"theory must be for names in data, got {sorted(unknown)}")
     with style():
         for name, values in data.items():
-            runs, appearance = _runs(name, values), look(name)
+            runs: np.ndarray = _runs(name, values)
+            appearance: dict[str, Any] = look(name)
             if len(points) > 25:
                 appearance["markevery"] = len(points) // 12
             ax.plot(points, np.median(runs, axis=0), label=name, **appearance)
@@ -392,10 +395,10 @@ def _bands(ax: Axes, data: Mapping, x, theory: Mapping | None, labels: dict) -> 
                 ax.fill_between(
                     points, runs.min(0), runs.max(0), color=appearance["color"], alpha=0.2, lw=0
                 )
-        for name, values in (theory or {}).items():
-            ax.plot(points, values, color="black", lw=0.9, zorder=3)
-            if name == list(theory)[-1]:
-                ax.lines[-1].set_label("theory")
+        if theory:
+            for values in theory.values():
+                ax.plot(points, values, color="black", lw=0.9, zorder=3)
+            ax.lines[-1].set_label("theory")
         if len(data) + bool(theory) > 4:  # too many to find room among the lines
             ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         elif len(data) > 1 or theory:
@@ -541,7 +544,7 @@ def interval_plot(
     -------
     Axes
     """
-    rows = list(reversed(data.items()))
+    rows = list(data.items())[::-1]
     with style():
         if reference is not None:
             ax.axvline(reference, color="#555555", lw=1.0, ls="--")

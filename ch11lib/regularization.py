@@ -765,7 +765,7 @@ class RegularizedFleet:
         self._seeds = list(dict.fromkeys(s["seed"] for s in self.settings))
         places = [self._seeds.index(s["seed"]) for s in self.settings]
         self._numbers["seed"] = tf.constant(places, tf.int32)
-        drops = np.array([s["dropout"] for s in self.settings]).any(axis=0)
+        drops = [any(rates) for rates in zip(*(s["dropout"] for s in self.settings), strict=True)]
         self._dropping = [size if drop else 0 for size, drop in zip(sizes, drops, strict=False)]
         self._epochs = self._steps = 0
 
@@ -915,10 +915,10 @@ class RegularizedFleet:
 
     def outputs(self, x: ArrayLike, seed: int | None = None) -> np.ndarray:
         """Return the logits, ``(networks, n, classes)``; with a seed, dropout is active."""
-        noise = [None] * 3
+        x, noise = np.asarray(x, np.float32), [None] * 3
         if seed is not None:
             noise = [self._uniforms((len(x),), i, (2**32 + seed)) for i in range(3)]
-        x, found = np.asarray(x, np.float32), []
+        found = []
         for part in self._parts(len(x)):
             own = [None if u is None else u[:, part] for u in noise]
             found.append(_forward(self._weights, self._numbers, x[None, part], own).numpy())

@@ -111,7 +111,7 @@ def _check(
 def _check_numbers(name: str, values: Any) -> None:
     if not (isinstance(values, Iterable) and np.asarray(values).dtype.kind in "iuf"):
         raise TypeError(f"{name} must be a list of numbers; received {values!r}")
-    if not np.isfinite(values).all():
+    if not np.isfinite(np.asarray(values)).all():
         raise ValueError(f"{name} must be finite; received {list(values)}")
 
 
@@ -903,6 +903,10 @@ class _RecordsRates:
     #: Set by `record_rates` before the optimizer is built.
     _rates_kept = 1
 
+    # Of the optimizer.
+    built: bool
+    _iterations: Any
+
     def build(self, variables):
         """Create the optimizer's variables and the record."""
         super().build(variables)
@@ -983,7 +987,7 @@ def record_rates(optimizer: keras.optimizers.Optimizer, steps: int) -> keras.opt
         )
     kind = type(optimizer)
     # Under the name of the plain class, so that clones and saved models find that one.
-    recording = type(kind.__name__, (_RecordsRates, kind), {"__module__": kind.__module__})
+    recording: Any = type(kind.__name__, (_RecordsRates, kind), {"__module__": kind.__module__})
     copy = recording.from_config(optimizer.get_config())
     copy._rates_kept = int(steps)
     return copy

@@ -284,7 +284,7 @@ def _attributes_kept(objects: Sequence[object]) -> Iterator[None]:
             for kind, container, contents in containers:
                 # The built-in methods, past the tracking that Keras adds to its own.
                 kind.clear(container)
-                (kind.extend if kind is list else kind.update)(container, contents)
+                (kind.extend if kind is list else kind.update)(container, contents)  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -343,7 +343,7 @@ def _layers(model: keras.Model) -> list[keras.layers.Layer]:
 
 def _state_variables(model: keras.Model) -> list:
     """List all variables that a training step of the model might change, each once."""
-    values = []
+    values: list = []
     for layer in [model, *_layers(model)]:
         for value in vars(layer).values():
             if isinstance(value, dict):
@@ -569,7 +569,7 @@ def _next_updates(model: keras.Model, gradients: list, dtype: str | None = "floa
         replica._path, replica.constraint = variable.path, variable.constraint
         replicas.append(replica)
     twin = _twin(optimizer)
-    excluded = getattr(optimizer, "_exclude_from_weight_decay", set())
+    excluded: set = getattr(optimizer, "_exclude_from_weight_decay", set())
     twin._exclude_from_weight_decay = {
         twin._var_key(replica)
         for variable, replica in zip(variables, replicas, strict=True)
@@ -648,7 +648,9 @@ def _step(layer: keras.layers.Layer, of_variable: dict) -> _Step:
 
 def _slopes(tap: _Tap) -> list:
     """Return f'(z) for every call of a layer with an elementwise activation."""
-    slopes = []
+    slopes: list = []
+    if tap.f is None:
+        return slopes
     for z in tap.z:
         with tf.GradientTape() as tape:
             tape.watch(z)
@@ -667,7 +669,7 @@ def _array(tensors) -> np.ndarray:
 
 def _all_examples(condition: np.ndarray) -> np.ndarray:
     """Return for each unit or channel (last axis) whether a condition always holds."""
-    return condition.all(axis=tuple(range(max(condition.ndim - 1, 1))))
+    return np.all(condition, axis=tuple(range(max(condition.ndim - 1, 1))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -898,12 +900,12 @@ class Probe:
         return None
 
     def _gradient_sentences(self) -> Iterator[str]:
-        hidden = [layer for layer in self._hidden() if layer.dz is not None]
-        zero = [layer.name for layer in hidden if layer.dz.rms == 0]
+        hidden = [(layer.name, layer.dz.rms) for layer in self._hidden() if layer.dz is not None]
+        zero = [name for name, rms in hidden if rms == 0]
         if zero:
             yield f"no gradient at all reaches {_listed(zero)}"
             return
-        change = _change([layer.dz.rms for layer in hidden][::-1])
+        change = _change([rms for _, rms in hidden][::-1])
         if change < 0:
             yield (
                 f"the gradient falls by a factor {number(self.gradient_factor)} per layer "
@@ -934,7 +936,7 @@ class Probe:
             shares = {layer.name: getattr(layer, column) for layer in self.layers}
             hit = {name: share for name, share in shares.items() if share > limit}
             if hit:
-                worst = max(hit, key=hit.get)
+                worst = max(hit, key=hit.__getitem__)
                 sentence = f"{trouble}: {number(100 * hit[worst])} % in layer {worst}"
                 if len(hit) > 1:
                     sentence += f", more than {100 * limit:.0f} % in ~{len(hit)} layers"
@@ -949,12 +951,12 @@ class Probe:
         trained = {name: rate for name, rate in rates.items() if self[name].dw_norm > 0}
         if not trained:
             return
-        fastest = max(trained, key=trained.get)
+        fastest = max(trained, key=trained.__getitem__)
         hidden = {
             layer.name: trained[layer.name] for layer in self._hidden() if layer.name in trained
         }
         if hidden and max(hidden.values()) > 100 * min(hidden.values()):
-            slow, fast = min(hidden, key=hidden.get), max(hidden, key=hidden.get)
+            slow, fast = min(hidden, key=hidden.__getitem__), max(hidden, key=hidden.__getitem__)
             yield (
                 f"layers learn at different speeds: one step changes {slow} by "
                 f"{number(hidden[slow])} of its size, {fast} by {number(hidden[fast])}"
@@ -1465,7 +1467,7 @@ def _as_drawn(model) -> list[str]:
 def _drawn(layer) -> np.ndarray | None:
     """Return the initial kernel of a layer: Keras's initializers draw the same again."""
     kernel, draw = vars(layer).get("_kernel"), getattr(layer, "kernel_initializer", None)
-    if kernel is None or not isinstance(getattr(draw, "seed", None), int):
+    if kernel is None or draw is None or not isinstance(getattr(draw, "seed", None), int):
         return None
     return draw(kernel.shape, dtype=kernel.dtype).numpy()
 
@@ -1532,10 +1534,11 @@ def _frozen_evidence(case: _Case) -> str:
 def _drift(case: _Case) -> tuple[float, str]:
     """Return the exponent by which signals change in a fresh copy (0 if harmless), and how."""
     for seen in (case.start,) if case.start and case.struggles else ():
-        hidden = [layer for layer in seen._hidden() if layer.dz is not None and layer.z is not None]
-        upwards = [layer.z.rms for layer in hidden]
+        both = [(layer.z, layer.dz) for layer in seen._hidden()]
+        hidden = [(z, dz) for z, dz in both if z is not None and dz is not None]
+        upwards = [z.rms for z, _ in hidden]
         # Norms over all units, which do not depend on how wide the layers are.
-        downwards = [layer.dz.rms * math.sqrt(layer.dz.counts.sum()) for layer in hidden[::-1]]
+        downwards = [dz.rms * math.sqrt(dz.counts.sum()) for _, dz in hidden[::-1]]
         for what, sizes in (("forward signal", upwards), ("gradient", downwards)):
             factor = _geometric_factor(sizes)
             if not factor > 0:
@@ -1586,7 +1589,7 @@ def _high_evidence(case: _Case) -> str:
                 f"the training loss rose to {number(losses.max())}; an untrained copy has "
                 f"{number(case.start.loss)}"
             )
-    fastest = max(case.updates, key=case.updates.get, default=None)
+    fastest = max(case.updates, key=case.updates.__getitem__, default=None)
     if fastest and case.updates[fastest] > 0.01:
         return (
             f"after training, one step still changes {fastest} by "
@@ -1599,7 +1602,7 @@ def _dead_evidence(case: _Case) -> str:
     dead = {layer.name: layer.dead for layer in case.now.layers if layer.dead > 0.5}
     if not dead or not case.struggles or not math.isfinite(case.now.loss):
         return ""
-    worst = max(dead, key=dead.get)
+    worst = max(dead, key=dead.__getitem__)
     return f"{number(100 * dead[worst])} % of the units in {worst} pass no gradient for any example"
 
 

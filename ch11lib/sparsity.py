@@ -553,9 +553,12 @@ class MagnitudePruning(keras.callbacks.Callback):
         """Return the step of the last cut, and make sure that it will be reached."""
         steps, epochs = self.params.get("steps"), self.params.get("epochs")
         total = steps * epochs if steps and epochs else None
-        if self.end is None and total is None:
+        if self.end is not None:
+            end = self.end
+        elif total is not None:
+            end = max(3 * total // 4, self.begin + 1)
+        else:
             raise ValueError("end must be given for data of unknown length; received None")
-        end = max(3 * total // 4, self.begin + 1) if self.end is None else self.end
         if total is not None and end >= total:
             raise ValueError(
                 f"end must be a step of this training, at most {total - 1} with {steps} steps in "

@@ -228,9 +228,10 @@ class DenseRows:
                 f"x must have shape (n, {sizes[0]}), as sizes begin, and y shape (n,); "
                 f"received {np.shape(x)} and {np.shape(y)}"
             )
-        if not 1 <= batch_size <= len(x):
+        n = np.shape(x)[0]
+        if not 1 <= batch_size <= n:
             raise ValueError(
-                f"batch_size must be from 1 to {len(x)}, the examples; received {batch_size}"
+                f"batch_size must be from 1 to {n}, the examples; received {batch_size}"
             )
         if steps < 1 or not len(seeds):
             raise ValueError(
@@ -240,8 +241,8 @@ class DenseRows:
         self._shape = len(rates), len(seeds)
         self.theta = np.tile([self._start(seed) for seed in seeds], (len(rates), 1))
         self.rates = np.repeat(_rates(rates), len(seeds))
-        per_epoch = len(x) // batch_size
-        orders = [self._batches(len(x), seed, steps, per_epoch, batch_size) for seed in seeds]
+        per_epoch = n // batch_size
+        orders = [self._batches(n, seed, steps, per_epoch, batch_size) for seed in seeds]
         self._rows = np.tile(np.stack(orders, axis=1), (1, len(rates), 1)).astype(np.int32)
         x, y = tf.constant(x, tf.float32), tf.constant(y, tf.int32)
 

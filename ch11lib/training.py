@@ -354,7 +354,7 @@ def fingerprint(code: Any) -> str:
     >>> fingerprint(make(0.1)) == fingerprint(make(0.2))
     False
     """
-    seen = set()
+    seen: set[int] = set()
 
     def text(part):
         if isinstance(part, CodeType):
@@ -737,7 +737,7 @@ class _Hyperparameter:
         return other / self.tensor
 
     __rmul__ = __mul__
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def of(cls, model) -> dict[str, float]:

@@ -635,7 +635,7 @@ class LayerRates(keras.optimizers.Optimizer):
                     f"rates[{layer!r}] must be a finite factor, 0 or more, received {factor!r}"
                 )
         self.rates = {layer: float(factor) for layer, factor in rates.items()}
-        self.inner_optimizer = _with_factors(type(optimizer)).from_config(optimizer.get_config())
+        self.inner_optimizer = _with_factors(type(optimizer)).from_config(optimizer.get_config())  # type: ignore[arg-type]
 
     def build(self, variables):
         """Find the factor of each variable, and create the optimizer's own variables."""

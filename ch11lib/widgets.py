@@ -174,7 +174,7 @@ class Explorer:
         figure, axes = plotting.subplots(
             rows, columns, panel=self._panel if not single else None, title=self._title or None
         )
-        axes = np.reshape(axes, (len(static), self._panels))
+        axes = np.reshape(np.asarray(axes), (len(static), self._panels))
         for setting, own in zip(static, axes, strict=True):
             data = self._compute(**(self.params | dict(setting)))
             with plotting.style():

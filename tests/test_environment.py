@@ -351,6 +351,7 @@ def test_make_test_before_there_is_a_notebook(project):
         f"{INSTALL} .[test]",
         "-m ruff check .",
         "-m ruff format --check .",
+        "-m mypy",
         "-m pytest -n 2",
     ]
 
@@ -368,7 +369,7 @@ def test_make_test_compares_notebooks_as_they_were_made(project):
 
 
 @needs_make
-@pytest.mark.parametrize("failing", ["ruff check", "ruff format", "pytest -n", "nbval"])
+@pytest.mark.parametrize("failing", ["ruff check", "ruff format", "mypy", "pytest -n", "nbval"])
 def test_make_test_fails_if_a_part_fails(project, failing):
     (project / "notebooks" / "01_a.ipynb").touch()
     _make(project, "test")
