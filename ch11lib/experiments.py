@@ -877,7 +877,7 @@ class Results:
         for arm, row in summary.iterrows():
             text = f"{number(row['median'], 3)} ({number(row.low, 3)} to {number(row.high, 3)})"
             tuned = ", ".join(f"{name} {_text(value)}" for name, value in self.best[arm].items())
-            diverged = f", {int(row.diverged)} diverged" if row.diverged else ""
+            diverged = f", ~{int(row.diverged)} diverged" if row.diverged else ""
             lines.append(f"{arm:{width}}  {text}{', ' + tuned if tuned else ''}{diverged}")
         return "\n".join(lines)
 

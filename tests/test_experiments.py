@@ -256,7 +256,7 @@ def test_a_run_that_diverges_is_a_result():
     assert results.values("broken").tolist() == [0, 0]
     assert np.isinf(results.values("broken", "loss")).all()
     assert results.summary().loc["broken", "diverged"] == 2
-    assert "2 diverged" in results.report()
+    assert "~2 diverged" in results.report()
     assert results.difference("fine", "broken").mean > 0.3
 
 
