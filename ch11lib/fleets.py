@@ -13,12 +13,15 @@ Whatever needs a Keras model (other layers, optimizers, callbacks) is for `exper
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 import functools
 import itertools
+import threading
 from typing import NamedTuple
 
 from ch11lib import training
 from ch11lib.backend import tf, trim_memory, xla_allowed
+import joblib
 import numpy as np
 from numpy.typing import ArrayLike
 import pandas as pd
@@ -297,31 +300,37 @@ class Fleet:
             return rows.reshape(-1, batch_size)[start : start + steps] + offset.get(seed, 0)
 
         of_seed = {seed: batches(seed) for seed in set(self.settings.seed)}
-        order = tf.constant(np.stack([of_seed[seed] for seed in self.settings.seed], axis=1))
+        order = np.stack([of_seed[seed] for seed in self.settings.seed], axis=1)
         t = np.arange(self._steps, self._steps + steps)
         factors = self._factors(t)
         if self._kind.adam:  # the correction of the bias of both averages
             factors *= (np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1)))[:, None, None, None]
         rates = tf.constant(self._each("rate") * factors, tf.float32)
         betas = tf.constant(self._inertia(t), tf.float32)
-        momenta = tf.constant(self._each("momentum"))
-        step = _compiled_step(self._kind)
-        losses = np.empty((steps, len(self.settings)), np.float32)
-        for i, rows in enumerate(order):
-            loss, self._parameters, self._moving, self._velocity, self._squares = step(
-                self._parameters,
-                self._moving,
-                self._velocity,
-                self._squares,
-                x,
-                y,
-                rows,
-                rates[i],
-                momenta,
-                betas[i],
-                self._masks,
-            )
-            losses[i] = loss.numpy()  # a copy: kept tensors would fragment the memory
+        state = self._parameters, self._moving, self._velocity, self._squares
+        fixed = self._masks, tf.constant(self._each("momentum"))
+        step, losses = _compiled_step(self._kind), np.empty((steps, len(self.settings)), np.float32)
+        stop = threading.Event()
+
+        def run(part):
+            """Train some of the networks; return their state."""
+            own, (masks, momenta) = _some((state, fixed), part)
+            rows, factors = tf.constant(order[:, part]), rates[:, part]
+            for i in range(steps):
+                loss, *own = step(*own, x, y, rows[i], factors[i], momenta, betas[i], masks)
+                losses[i, part] = loss.numpy()  # a copy: kept tensors would fragment the memory
+                if stop.is_set():
+                    break
+            return own
+
+        parts = _equal_parts(len(self.settings))
+        with ThreadPoolExecutor(len(parts)) as threads:
+            try:
+                ended = list(threads.map(run, parts))
+            finally:
+                stop.set()  # after an interruption, the threads need not go on
+        joined = tf.nest.map_structure(lambda *arrays: tf.concat(arrays, axis=-3), *ended)
+        self._parameters, self._moving, self._velocity, self._squares = joined
         self._steps += steps
         trim_memory()
         return losses
@@ -411,11 +420,7 @@ class Fleet:
 
     def _error_signals(self, x, y, networks):
         """Return `error_signals` of some of the networks."""
-
-        def those(array):
-            return array[..., networks, :, :]
-
-        parameters, moving = tf.nest.map_structure(those, (self._parameters, self._moving))
+        parameters, moving = _some((self._parameters, self._moving), networks)
         nudges = [
             tf.repeat(tf.zeros_like(parameters[name]["shift"]), len(x[0]), axis=-2)
             for name in ("first", "hidden")
@@ -481,6 +486,22 @@ def _start(inputs, width, depth, classes, gain, seed):
     rng = np.random.default_rng(seed)
     first, hidden, last = (rng.standard_normal(shape) / np.sqrt(shape[-2]) for shape in shapes)
     return np.sqrt(gain) * first, np.sqrt(gain) * hidden, last
+
+
+def _some(arrays, networks):
+    """Return the arrays, which may be nested, of some of the networks (a slice)."""
+    return tf.nest.map_structure(lambda array: array[..., networks, :, :], arrays)
+
+
+def _equal_parts(networks):
+    """Return slices of equally many networks, at most one for each core.
+
+    They train in threads: the operations of one step are too small to keep several cores busy.
+    """
+    cores = 1 if tf.config.list_physical_devices("GPU") else joblib.cpu_count()
+    parts = max(n for n in range(1, cores + 1) if networks % n == 0)
+    size = networks // parts
+    return [slice(i, i + size) for i in range(0, networks, size)]
 
 
 def _masked(parameters, masks):
