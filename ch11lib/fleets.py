@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import functools
 import itertools
 import threading
@@ -316,19 +317,17 @@ class Fleet:
             """Train some of the networks; return their state."""
             own, (masks, momenta) = _some((state, fixed), part)
             rows, factors = tf.constant(order[:, part]), rates[:, part]
-            for i in range(steps):
-                loss, *own = step(*own, x, y, rows[i], factors[i], momenta, betas[i], masks)
-                losses[i, part] = loss.numpy()  # a copy: kept tensors would fragment the memory
-                if stop.is_set():
-                    break
+            with _setting_on_error(stop):
+                for i in range(steps):
+                    loss, *own = step(*own, x, y, rows[i], factors[i], momenta, betas[i], masks)
+                    losses[i, part] = loss.numpy()  # a copy: kept tensors fragment the memory
+                    if stop.is_set():
+                        break
             return own
 
         parts = _equal_parts(len(self.settings))
-        with ThreadPoolExecutor(len(parts)) as threads:
-            try:
-                ended = list(threads.map(run, parts))
-            finally:
-                stop.set()  # after an interruption, the threads need not go on
+        with ThreadPoolExecutor(len(parts)) as threads, _setting_on_error(stop):
+            ended = list(threads.map(run, parts))
         joined = tf.nest.map_structure(lambda *arrays: tf.concat(arrays, axis=-3), *ended)
         self._parameters, self._moving, self._velocity, self._squares = joined
         self._steps += steps
@@ -486,6 +485,16 @@ def _start(inputs, width, depth, classes, gain, seed):
     rng = np.random.default_rng(seed)
     first, hidden, last = (rng.standard_normal(shape) / np.sqrt(shape[-2]) for shape in shapes)
     return np.sqrt(gain) * first, np.sqrt(gain) * hidden, last
+
+
+@contextlib.contextmanager
+def _setting_on_error(event):
+    """Set an event if the ``with`` block is left by an error or by Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        event.set()
+        raise
 
 
 def _some(arrays, networks):

@@ -132,6 +132,37 @@ def test_networks_do_not_influence_each_other():
     np.testing.assert_allclose(many.outputs(X)[which], alone.outputs(X)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["plain", "batch norm", "skip"])
+def test_any_number_of_threads_trains_the_same_networks(monkeypatch, kind):
+    found = []
+    for cores in (1, 3):
+        monkeypatch.setattr(fleets.joblib, "cpu_count", lambda cores=cores: cores)
+        fleet = Fleet(3, 6, seeds=range(6), **SMALL, **KINDS[kind])
+        fleet.mask([np.abs(w) > 0.1 for w in fleet.kernels()])
+        found.append([fleet.train(X, Y, steps=30, batch_size=16), *fleet.kernels()])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_interruption_leaves_the_networks_as_they_were(monkeypatch):
+    fleet, twin = (Fleet(2, 6, seeds=range(4), **SMALL) for _ in range(2))
+    real, calls = fleets._compiled_step(fleet._kind), []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fleets, "_compiled_step", lambda kind: interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fleet.train(X, Y, steps=10_000, batch_size=32)
+    assert len(calls) < 10_000  # the other thread has stopped, too
+    losses = [f.train(X, Y, steps=30, batch_size=32) for f in (fleet, twin)]
+    np.testing.assert_array_equal(*losses)
+
+
 def test_training_goes_on_where_it_ended():
     at_once, in_parts = (Fleet(2, 5, seeds=[4], norm="batch", **SMALL) for _ in range(2))
     losses = at_once.train(X, Y, steps=15, batch_size=20)
