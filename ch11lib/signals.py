@@ -1345,7 +1345,8 @@ class _Case:
 
     @property
     def probabilities(self) -> np.ndarray:
-        return self.given if self.distributions else softmax(self.given, axis=1)
+        with np.errstate(invalid="ignore"):  # infinite outputs have none: NaN
+            return self.given if self.distributions else softmax(self.given, axis=1)
 
     @property
     def left(self) -> float:

@@ -203,6 +203,9 @@ def test_rate_too_high(learned):
     (finding,) = signals.diagnose(compiled(model), {"loss": []}, (X, Y))
     assert finding.rule == "rate too high"
     assert finding.evidence == "not finite: a signal in layer h1"
+    model = healthy(learned)
+    model.layers[-1].bias.assign([np.inf, 0, 0, 0])  # and no warning of NumPy's
+    assert rules(compiled(model))[0] == "rate too high"
 
     start = net()  # nothing learned
     for losses, rate, expected in (
