@@ -306,21 +306,25 @@ class Fleet:
         factors = self._factors(t)
         if self._kind.adam:  # the correction of the bias of both averages
             factors *= (np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1)))[:, None, None, None]
-        rates = tf.constant(self._each("rate") * factors, tf.float32)
-        betas = tf.constant(self._inertia(t), tf.float32)
+        rates = np.asarray(self._each("rate") * factors, np.float32)
+        betas = np.asarray(self._inertia(t), np.float32)
         state = self._parameters, self._moving, self._velocity, self._squares
         fixed = self._masks, tf.constant(self._each("momentum"))
-        step, losses = _compiled_step(self._kind), np.empty((steps, len(self.settings)), np.float32)
+        compiled, losses = _compiled_steps(self._kind), np.empty((steps, len(self.settings)))
         stop = threading.Event()
 
         def run(part):
             """Train some of the networks; return their state."""
             own, (masks, momenta) = _some((state, fixed), part)
-            rows, factors = tf.constant(order[:, part]), rates[:, part]
             with _setting_on_error(stop):
-                for i in range(steps):
-                    loss, *own = step(*own, x, y, rows[i], factors[i], momenta, betas[i], masks)
-                    losses[i, part] = loss.numpy()  # a copy: kept tensors fragment the memory
+                for i in range(0, steps, _STEPS_AT_ONCE):
+                    now = slice(i, i + _STEPS_AT_ONCE)
+                    count = len(betas[now])
+                    per_step = (
+                        _filled(a) for a in (order[now, part], rates[now, part], betas[now])
+                    )
+                    loss, own = compiled(own, x, y, *per_step, tf.constant(count), momenta, masks)
+                    losses[now, part] = loss.numpy()[:count]
                     if stop.is_set():
                         break
             return own
@@ -551,38 +555,56 @@ def _forward(kind, parameters, moving, x, training):
     return logits, {"first": first, "hidden": hidden}
 
 
-@functools.lru_cache(maxsize=4)  # a compiled step takes some 10 MB
-def _compiled_step(kind):
-    """Return a training step of fleets of one kind.
+# Calling a compiled function takes longer than a step of a small fleet.
+_STEPS_AT_ONCE = 31
 
-    XLA compiles the loop over the layers once, however many there are.
+
+def _filled(array):
+    """Return what is needed in each step, for as many steps as one call makes."""
+    missing = _STEPS_AT_ONCE - len(array)
+    return tf.constant(np.concatenate([array, np.repeat(array[:1], missing, axis=0)]))
+
+
+@functools.lru_cache(maxsize=4)  # a compiled function takes some 10 MB
+def _compiled_steps(kind):
+    """Return a function that makes some training steps of fleets of one kind.
+
+    XLA compiles the loops over steps and layers once, however many there are.
     """
     each = tf.nest.map_structure
 
     @functools.partial(tf.function, autograph=False, jit_compile=xla_allowed())
-    def step(parameters, moving, velocity, squares, x, y, rows, rates, momenta, beta, masks):
-        with tf.GradientTape() as tape:
-            tape.watch(parameters)
-            logits, seen = _forward(kind, parameters, moving, tf.gather(x, rows), True)
-            loss = _cross_entropy(tf.gather(y, rows), logits)
-        # No network's loss depends on another; with depth 1 nothing depends on "hidden".
-        slopes = tape.gradient(loss, parameters, unconnected_gradients="zero")
-        if kind.adam:
-            velocity = each(lambda m, g: m + 0.1 * (g - m), velocity, slopes)
-            squares = each(lambda s, g: s + 0.001 * (g * g - s), squares, slopes)
-            parameters = each(
-                lambda v, m, s: v - rates * m / (tf.sqrt(s) + 1e-7), parameters, velocity, squares
-            )
-        elif velocity:
-            velocity = each(lambda m, g: beta * m - rates * g, velocity, slopes)
-            parameters = each(tf.add, parameters, velocity)
-        else:
-            parameters = each(lambda v, g: v - rates * g, parameters, slopes)
-        parameters = _masked(parameters, masks)
-        moving = each(lambda m, s: momenta * m + (1 - momenta) * s, moving, seen)
-        return loss, parameters, moving, velocity, squares
+    def run(state, x, y, rows, rates, betas, count, momenta, masks):
+        def step(i, losses, state):
+            parameters, moving, velocity, squares = state
+            with tf.GradientTape() as tape:
+                tape.watch(parameters)
+                logits, seen = _forward(kind, parameters, moving, tf.gather(x, rows[i]), True)
+                loss = _cross_entropy(tf.gather(y, rows[i]), logits)
+            # No network's loss depends on another; with depth 1 nothing depends on "hidden".
+            slopes = tape.gradient(loss, parameters, unconnected_gradients="zero")
+            if kind.adam:
+                velocity = each(lambda m, g: m + 0.1 * (g - m), velocity, slopes)
+                squares = each(lambda s, g: s + 0.001 * (g * g - s), squares, slopes)
+                parameters = each(
+                    lambda v, m, s: v - rates[i] * m / (tf.sqrt(s) + 1e-7),
+                    *(parameters, velocity, squares),
+                )
+            elif velocity:
+                velocity = each(lambda m, g: betas[i] * m - rates[i] * g, velocity, slopes)
+                parameters = each(tf.add, parameters, velocity)
+            else:
+                parameters = each(lambda v, g: v - rates[i] * g, parameters, slopes)
+            parameters = _masked(parameters, masks)
+            moving = each(lambda m, s: momenta * m + (1 - momenta) * s, moving, seen)
+            return i + 1, losses.write(i, loss), (parameters, moving, velocity, squares)
 
-    return step
+        losses = tf.TensorArray(tf.float32, _STEPS_AT_ONCE, element_shape=momenta.shape[:1])
+        begin = (0, losses, tuple(state))
+        _, losses, state = tf.while_loop(lambda i, *_: i < count, step, begin)
+        return losses.stack(), state
+
+    return run
 
 
-training.forget_elsewhere.append(_compiled_step.cache_clear)
+training.forget_elsewhere.append(_compiled_steps.cache_clear)
