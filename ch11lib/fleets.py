@@ -604,6 +604,7 @@ def _compiled_steps(kind):
         _, losses, state = tf.while_loop(lambda i, *_: i < count, step, begin)
         return losses.stack(), state
 
+    run._omit_frequent_tracing_warning = True  # a comparison has fleets of many shapes
     return run
 
 

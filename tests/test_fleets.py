@@ -302,6 +302,12 @@ def test_start_from_is_for_plain_layers():
         Fleet(2, 5, seeds=[0], norm="batch", **SMALL).start_from({})
 
 
+def test_fleets_of_many_shapes_are_no_reason_to_warn(caplog):
+    for n in range(1, 8):
+        Fleet(1, 3, seeds=range(n), **SMALL).train(X, Y, steps=2)
+    assert caplog.records == []
+
+
 def test_clear_programs_forgets_what_fleets_have_compiled():
     fleet = Fleet(1, 4, seeds=[0], rates=[0.1], inputs=3, classes=2)
     fleet.train(np.ones((8, 3)), np.zeros(8), steps=1, batch_size=4)
