@@ -3,7 +3,8 @@
 A comparison needs many runs, and deep networks take seconds to compile, however small they are.
 Here the weights of layer l of all networks are one array of shape (networks, inputs, units): a
 step of a hundred networks is a few large operations instead of a hundred times as many small ones,
-and one compilation serves all seeds, learning rates and scales of the weights.
+and one compilation serves all seeds, learning rates and scales of the weights. A call makes many
+steps, and each core has its share of the networks.
 
 The price is generality: dense classifiers, gradient descent with or without momentum, and Adam.
 Whatever needs a Keras model (other layers, optimizers, callbacks) is for `experiments.compare`;
@@ -310,8 +311,8 @@ class Fleet:
         betas = np.asarray(self._inertia(t), np.float32)
         state = self._parameters, self._moving, self._velocity, self._squares
         fixed = self._masks, tf.constant(self._each("momentum"))
-        compiled, losses = _compiled_steps(self._kind), np.empty((steps, len(self.settings)))
-        stop = threading.Event()
+        compiled, stop = _compiled_steps(self._kind), threading.Event()
+        losses = np.empty((steps, len(self.settings)), np.float32)
 
         def run(part):
             """Train some of the networks; return their state."""
