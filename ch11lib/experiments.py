@@ -305,7 +305,6 @@ def compare_fleets(
     tuning_seeds: Sequence[int],
     tuning_epochs: int | None = None,
     batch_size: int = 32,
-    n_jobs: int | None = None,
 ) -> Results:
     """Compare dense architectures as `compare` does, all runs of an arm at once.
 
@@ -326,8 +325,6 @@ def compare_fleets(
         Seeds on which the rate is chosen: that with the least median loss in the last epoch.
     tuning_epochs : int, optional
         Length of a trial; default `epochs`.
-    n_jobs : int, optional
-        Arms at a time: threads by default, one per core (one in all on a GPU).
 
     Returns
     -------
@@ -356,29 +353,20 @@ def compare_fleets(
     split = _split(data)
     trials = _FleetRuns(split, tuning_seeds, tuning_epochs, batch_size)
     runs = _FleetRuns(split, seeds, epochs, batch_size)
-    jobs = (joblib.delayed(_tuned_fleet)(arm, arms[arm], grids[arm], trials, runs) for arm in arms)
-    parallel = joblib.Parallel(_runs_at_a_time(n_jobs), prefer="threads", return_as="generator")
     results = Results("loss")
     try:
-        for part in tqdm(parallel(jobs), total=len(arms), desc="arms", disable=None, leave=False):
-            results._merge(part)
+        for arm in tqdm(arms, desc="arms", disable=None, leave=False):
+            for trial, run in trials.of(arm, arms[arm], grids[arm]):
+                results._add(trial, run, tuning=True)
+            results.best[arm] = results._best_point(arm, grids[arm])
+            for trial, run in runs.of(arm, arms[arm], [results.best[arm]]):
+                results._add(trial, run, tuning=False)
     except KeyboardInterrupt:
         results._finish(list(arms))
         raise Interrupted(results) from None
     results._finish(list(arms))
     trim_memory()
     return results
-
-
-def _tuned_fleet(arm, make, grid, trials, runs) -> Results:
-    """Choose the rate of one arm, then make its runs."""
-    part = Results("loss")
-    for trial, run in trials.of(arm, make, grid):
-        part._add(trial, run, tuning=True)
-    part.best[arm] = part._best_point(arm, grid)
-    for trial, run in runs.of(arm, make, [part.best[arm]]):
-        part._add(trial, run, tuning=False)
-    return part
 
 
 @dataclass(frozen=True)
@@ -759,11 +747,6 @@ class Results:
             raise ValueError(f"metric must be one of {known}, received {self.metric!r}")
         row = {"arm": trial.arm, "seed": trial.seed, **trial.point, **run}
         self._rows[tuning].append(row)
-
-    def _merge(self, other):
-        self.best.update(other.best)
-        for tuning, rows in other._rows.items():
-            self._rows[tuning] += rows
 
     def _finish(self, arms):
         def table(rows):

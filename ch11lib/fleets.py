@@ -333,7 +333,8 @@ class Fleet:
         parts = _equal_parts(len(self.settings))
         with ThreadPoolExecutor(len(parts)) as threads, _setting_on_error(stop):
             ended = list(threads.map(run, parts))
-        joined = tf.nest.map_structure(lambda *arrays: tf.concat(arrays, axis=-3), *ended)
+        n = len(self.settings)
+        joined = tf.nest.map_structure(lambda *a: tf.concat(a, axis=-3)[..., :n, :, :], *ended)
         self._parameters, self._moving, self._velocity, self._squares = joined
         self._steps += steps
         trim_memory()
@@ -417,8 +418,8 @@ class Fleet:
         x, y = tf.constant(x, tf.float32)[None], tf.constant(y, tf.int32)[None]
         # The tape holds every layer of so many networks.
         part = self._that_fit(len(x[0]), layers=1 + len(self._parameters["hidden"]["w"]))
-        starts = range(0, len(self.settings), part)
-        errors = [self._error_signals(x, y, slice(i, i + part)) for i in starts]
+        numbers = np.arange(len(self.settings))
+        errors = [self._error_signals(x, y, numbers[i : i + part]) for i in numbers[::part]]
         trim_memory()
         return np.concatenate(errors)
 
@@ -503,19 +504,19 @@ def _setting_on_error(event):
 
 
 def _some(arrays, networks):
-    """Return the arrays, which may be nested, of some of the networks (a slice)."""
-    return tf.nest.map_structure(lambda array: array[..., networks, :, :], arrays)
+    """Return the arrays, which may be nested, of some of the networks, by their numbers."""
+    return tf.nest.map_structure(lambda array: tf.gather(array, networks, axis=-3), arrays)
 
 
 def _equal_parts(networks):
-    """Return slices of equally many networks, at most one for each core.
+    """Return the numbers of equally many networks for each core.
 
-    They train in threads: the operations of one step are too small to keep several cores busy.
+    They train in threads: the operations of one step are too small to keep several cores busy. To
+    make the parts equal, so that one compiled function serves all, some networks train twice.
     """
     cores = 1 if tf.config.list_physical_devices("GPU") else joblib.cpu_count()
-    parts = max(n for n in range(1, cores + 1) if networks % n == 0)
-    size = networks // parts
-    return [slice(i, i + size) for i in range(0, networks, size)]
+    size = -(-networks // cores)
+    return [np.arange(i, i + size) % networks for i in range(0, networks, size)]
 
 
 def _masked(parameters, masks):

@@ -509,7 +509,7 @@ def test_an_interrupted_comparison_of_fleets_keeps_the_finished_arms():
         raise KeyboardInterrupt
 
     with pytest.raises(experiments.Interrupted) as caught:
-        compare_fleets({"a": TINY, "b": interrupted}, DATA, epochs=1, n_jobs=1, **RATES)
+        compare_fleets({"a": TINY, "b": interrupted}, DATA, epochs=1, **RATES)
     assert caught.value.results.arms == ["a"]
 
 

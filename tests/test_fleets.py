@@ -135,9 +135,9 @@ def test_networks_do_not_influence_each_other():
 @pytest.mark.parametrize("kind", ["plain", "batch norm", "skip"])
 def test_any_number_of_threads_trains_the_same_networks(monkeypatch, kind):
     found = []
-    for cores in (1, 3):
+    for cores in (1, 4):  # all at once, or in three parts of two
         monkeypatch.setattr(fleets.joblib, "cpu_count", lambda cores=cores: cores)
-        fleet = Fleet(3, 6, seeds=range(6), **SMALL, **KINDS[kind])
+        fleet = Fleet(3, 6, seeds=range(5), **SMALL, **KINDS[kind])
         fleet.mask([np.abs(w) > 0.1 for w in fleet.kernels()])
         found.append([fleet.train(X, Y, steps=30, batch_size=16), *fleet.kernels()])
     for one, other in zip(*found, strict=True):
