@@ -1,4 +1,4 @@
-"""Time one training step: the engine, `model.fit`, and a bare compiled loop, interleaved.
+"""Time one training step: the engine, `model.fit`, a bare compiled loop and fleets, interleaved.
 
     python benchmarks/engine.py [--rounds N] [--net NAME] [--torch] [--jax]
 
@@ -8,6 +8,7 @@ the other in every round, so that a busy machine slows all of them down.
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
+import functools
 import itertools
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ import time
 
 from ch11lib import training
 from ch11lib.backend import keras, tf
+from ch11lib.fleets import Fleet
 import numpy as np
 
 SAMPLES, INPUTS, CLASSES, BATCH, EPOCHS = 8_000, 784, 10, 32, 2
@@ -93,6 +95,13 @@ def bare_loop(hidden, xla=False):
         )[1]
 
     return lambda: [float(epoch(tf.constant(order))) for order in orders()]
+
+
+def fleet(hidden, networks):
+    (width,) = set(hidden)
+    seeds = range(networks)
+    trained = Fleet(len(hidden), width, seeds=seeds, rates=[RATE], inputs=INPUTS, classes=CLASSES)
+    return lambda: trained.train(X, Y, steps=STEPS, batch_size=BATCH)
 
 
 def torch_loop(hidden):
@@ -241,6 +250,7 @@ def main():
         "engine, XLA": lambda hidden: engine(hidden, xla=True),
         "bare loop": bare_loop,
         "bare loop, XLA": lambda hidden: bare_loop(hidden, xla=True),
+        **{f"fleet of {n}": functools.partial(fleet, networks=n) for n in (1, 5, 25)},
     }
     for name, wanted, make in (
         ("torch", arguments.torch, torch_loop),

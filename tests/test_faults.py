@@ -15,6 +15,7 @@ import time
 
 from ch11lib import notebooks
 import joblib
+from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 import nbformat
 import pandas as pd
@@ -118,6 +119,8 @@ def test_two_comparisons_share_a_file(comparison, tmp_path):
 def test_a_worker_is_killed(comparison, tmp_path, monkeypatch):
     file = tmp_path / "runs.jsonl"
     monkeypatch.setenv("MAIN", str(os.getpid()))
+    # Workers that another test has left know neither the module nor the variable.
+    get_reusable_executor().shutdown(wait=True)
     with joblib.parallel_config("loky", n_jobs=2), pytest.raises(TerminatedWorkerError):
         comparison.results(file, net=comparison.deadly)
     assert len(kept(file)) < 5
