@@ -91,17 +91,23 @@ def move(page, control):
     )
     target = next(t for t in (select, box, handle) if t.count())
     target.first.focus()
-    keys = ["Space"] * 2 if box.count() else ["End", "Home"]
-    for key, back in zip(keys, reversed(keys), strict=True):
-        page.keyboard.press(key)
+    chosen = select.evaluate("s => s.selectedIndex") if select.count() else None
+    keys = {"End": "Home", "Home": "End"}
+    if handle.count():
+        keys = {"ArrowUp": "ArrowDown", "ArrowDown": "ArrowUp"} | keys
+    for key, back in keys.items():
+        page.keyboard.press("Space" if box.count() else key)
         try:
-            page.wait_for_function(changed, timeout=20_000)
+            page.wait_for_function(changed, timeout=10_000)
         except Exception as error:
             if "Timeout" not in type(error).__name__:
                 raise
             continue
-        # At an extreme of one control the next may have no effect.
-        page.keyboard.press(back)
+        # With another value of this control the next may have no effect.
+        if select.count():
+            select.select_option(index=chosen)
+        else:
+            page.keyboard.press("Space" if box.count() else back)
         page.wait_for_timeout(1_000)
         return True
     return False
