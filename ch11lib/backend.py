@@ -49,7 +49,7 @@ def xla_allowed() -> bool:
 # to 300 MB more for that. The three settings are in malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _glibc("mallopt", _M_ARENA_MAX, 2)
-_glibc("mallopt", _M_MMAP_THRESHOLD, 8 << 20)
+_glibc("mallopt", _M_MMAP_THRESHOLD, 2 << 20)
 _glibc("mallopt", _M_TRIM_THRESHOLD, 64 << 20)
 
 with quiet_stderr():
