@@ -201,6 +201,11 @@ class Dataset:
         >>> sorted(np.bincount(few.y_train).tolist())
         [2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
         """
+        rows = self.few_rows(n, seed)
+        return replace(self, x_train=self.x_train[rows], y_train=self.y_train[rows])
+
+    def few_rows(self, n: int, seed: int) -> np.ndarray:
+        """Return the numbers of the training images that `few_labels` keeps, in its order."""
         n = _check_count("n", n, len(self.y_train))
         order = np.random.default_rng(seed).permutation(len(self.y_train))
         labels = self.y_train[order]
@@ -215,7 +220,7 @@ class Dataset:
                 f"n must leave equally many training images of each class, received {n} "
                 f"with {counts.min()} of {rarest!r} only"
             )
-        return replace(self, x_train=self.x_train[order], y_train=self.y_train[order])
+        return order
 
     def standardized(self) -> Self:
         """Shift and scale all three parts so that the training pixels have mean 0 and std 1.

@@ -77,6 +77,10 @@ class Fleet:
         it. 0, the default, is plain gradient descent.
     adam : bool
         Take the steps of Keras's Adam with its default betas and epsilon; `inertia` has no effect.
+    factors : sequence of float, optional
+        What the rates are multiplied by in each layer from the bottom, ``depth + 1`` numbers: 0
+        freezes a layer, small ones keep it near its start (Howard and Ruder 2018,
+        arXiv:1801.06146).
 
     Attributes
     ----------
@@ -119,6 +123,7 @@ class Fleet:
         schedule: Callable | None = None,
         inertia: float | Callable = 0.0,
         adam: bool = False,
+        factors: Sequence[float] | None = None,
     ):
         if norm not in (None, "batch", "layer"):
             raise ValueError(f"norm must be None, 'batch' or 'layer', received {norm!r}")
@@ -130,6 +135,10 @@ class Fleet:
         for name, value in {"depth": depth, "width": width}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, received {value}")
+        if factors is not None and len(factors) != depth + 1:
+            raise ValueError(
+                f"factors must be one number for each of the {depth + 1} layers, received {factors}"
+            )
         settings = {"scale": scales, "rate": rates, "momentum": momenta, "seed": seeds}
         for name, values in settings.items():
             if not len(values):
@@ -169,6 +178,11 @@ class Fleet:
             self._velocity = tf.nest.map_structure(tf.zeros_like, self._parameters)
         self._squares = self._velocity if adam else {}
         self._masks: dict[str, tf.Tensor] = {}
+        self._factors: dict[str, tf.Tensor] = {}
+        if factors is not None:
+            first, *hidden, last = np.reshape(factors, (-1, 1, 1, 1))
+            hidden = np.reshape(hidden, (-1, 1, 1, 1))
+            self._factors = tensors({"first": first, "hidden": hidden, "last": last})
 
     def _each(self, column: str) -> np.ndarray:
         """Return a setting of every network so that it broadcasts against their weights."""
@@ -182,9 +196,9 @@ class Fleet:
         Parameters
         ----------
         weights : mapping of int to list of arrays
-            Seed to kernel and bias of every dense layer from the bottom, as ``get_weights()``
-            returns them: of all hidden layers, with or without the output layer. Without it, the
-            output layer stays as it was drawn.
+            Seed to kernel and bias of the lowest layers, as ``get_weights()`` returns them: of as
+            many as there are, the same number for all seeds. The layers above stay as they were
+            drawn.
 
         Raises
         ------
@@ -201,34 +215,28 @@ class Fleet:
         parts = self._parameters
         if "gamma" in parts["first"] or "gate" in parts["hidden"]:
             raise ValueError("start_from must be used with plain layers: no norm, no skip")
-        hidden = len(parts["hidden"]["w"]) + 1
-        shapes = [parts["first"]["w"].shape[-2:]]
-        shapes += [parts["hidden"]["w"].shape[-2:]] * (hidden - 1) + [parts["last"]["w"].shape[-2:]]
-        expected = [shape for a, b in shapes for shape in ((a, b), (b,))]
+        expected = [shape for w in self.kernels() for shape in (w.shape[1:], w.shape[2:])]
         networks = []
         for seed in self.settings.seed:
             if seed not in weights:
                 raise ValueError(f"weights must have every seed of the fleet, {seed} is missing")
-            arrays = [np.asarray(w, np.float32) for w in weights[seed]]
-            found = [w.shape for w in arrays]
-            if found not in (expected, expected[:-2]):
+            networks.append([np.asarray(w, np.float32) for w in weights[seed]])
+            found = [w.shape for w in networks[-1]]
+            if len(found) % 2 or len(found) != len(networks[0]) or found != expected[: len(found)]:
                 raise ValueError(
-                    f"weights must have shapes {expected}, the last two if wanted; "
-                    f"received {found} for seed {seed}"
+                    f"weights must have shapes {expected}, or the first of them, and equally many "
+                    f"for all seeds; received {found} for seed {seed}"
                 )
-            networks.append(arrays)
-        kernels, biases = (
-            [np.stack(w) for w in zip(*layers, strict=True)]
-            for layers in ([n[i::2] for n in networks] for i in (0, 1))
-        )
-        biases = [b[:, None] for b in biases]
-        for name, layer in {"first": slice(1), "hidden": slice(1, hidden)}.items():
-            for key, arrays in {"w": kernels[layer], "shift": biases[layer]}.items():
-                stacked = arrays[0] if name == "first" else np.stack(arrays) if arrays else None
-                if stacked is not None:
-                    parts[name][key] = tf.constant(stacked)
-        if len(kernels) > hidden:
-            parts["last"] = {"w": tf.constant(kernels[-1]), "shift": tf.constant(biases[-1])}
+        arrays = tf.nest.map_structure(np.array, parts)
+        layers = [("first", ...), *(("hidden", i) for i in range(len(expected) // 2 - 2))]
+        layers.append(("last", ...))
+        for i, given in enumerate(zip(*networks, strict=True)):
+            part, at = layers[i // 2]
+            if i % 2:
+                arrays[part]["shift"][at] = np.stack(given)[:, None]
+            else:
+                arrays[part]["w"][at] = np.stack(given)
+        self._parameters = tf.nest.map_structure(tf.constant, arrays)
 
     def kernels(self) -> list[np.ndarray]:
         """Return the weights of all layers from the bottom, each ``(networks, inputs, units)``."""
@@ -268,6 +276,7 @@ class Fleet:
         *,
         steps: int,
         batch_size: int = 32,
+        rows: Mapping[int, ArrayLike] | None = None,
     ) -> np.ndarray:
         """Train all networks for some steps; a later call goes on where this one ended.
 
@@ -278,6 +287,9 @@ class Fleet:
         y : array of int, shape (n,), or mapping of seed to such an array
         steps, batch_size : int
             In every epoch the ``n // batch_size`` full batches of `training.batch_order` are used.
+        rows : mapping of int to array of int, optional
+            The examples that each seed learns from, by their numbers in `x`: n of them for every
+            seed, of which some may occur repeatedly. Without it, all of `x`.
 
         Returns
         -------
@@ -287,6 +299,15 @@ class Fleet:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, received {steps}")
         x, y, n, offset = self._joined(x, y)
+        if rows is not None:
+            own = {seed: np.asarray(rows[seed]) for seed in self.settings.seed if seed in rows}
+            n, few = len(next(iter(own.values()), ())), range(n)
+            for seed in self.settings.seed:
+                if seed not in own or own[seed].shape != (n,) or not np.isin(own[seed], few).all():
+                    raise ValueError(
+                        f"rows must have equally many numbers below {len(few)} for every seed of "
+                        f"the fleet, received {rows.get(seed)} for seed {seed}"
+                    )
         per_epoch = n // batch_size
         if per_epoch < 1 or batch_size % (self._kind.group or 1):
             raise ValueError(
@@ -298,16 +319,17 @@ class Fleet:
 
         def batches(seed):
             orders = [training.batch_order(n, seed, epoch) for epoch in epochs]
-            rows = np.concatenate([order[: per_epoch * batch_size] for order in orders])
-            return rows.reshape(-1, batch_size)[start : start + steps] + offset.get(seed, 0)
+            chosen = np.concatenate([order[: per_epoch * batch_size] for order in orders])
+            chosen = chosen if rows is None else own[seed][chosen].astype(np.int32)
+            return chosen.reshape(-1, batch_size)[start : start + steps] + offset.get(seed, 0)
 
         of_seed = {seed: batches(seed) for seed in set(self.settings.seed)}
         order = np.stack([of_seed[seed] for seed in self.settings.seed], axis=1)
         t = np.arange(self._steps, self._steps + steps)
-        factors = self._factors(t)
+        of_steps = self._of_steps(t)
         if self._kind.adam:  # the correction of the bias of both averages
-            factors *= (np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1)))[:, None, None, None]
-        rates = np.asarray(self._each("rate") * factors, np.float32)
+            of_steps *= (np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1)))[:, None, None, None]
+        rates = np.asarray(self._each("rate") * of_steps, np.float32)
         betas = np.asarray(self._inertia(t), np.float32)
         state = self._parameters, self._moving, self._velocity, self._squares
         fixed = self._masks, tf.constant(self._each("momentum"))
@@ -324,7 +346,8 @@ class Fleet:
                     per_step = (
                         _filled(a) for a in (order[now, part], rates[now, part], betas[now])
                     )
-                    loss, own = compiled(own, x, y, *per_step, tf.constant(count), momenta, masks)
+                    what = own, x, y, *per_step, tf.constant(count), momenta, masks
+                    loss, own = compiled(*what, self._factors)
                     losses[now, part] = loss.numpy()[:count]
                     if stop.is_set():
                         break
@@ -340,16 +363,16 @@ class Fleet:
         trim_memory()
         return losses
 
-    def _factors(self, t):
-        """Return the factors of the rates at the steps t, ``(len(t), networks or 1, 1, 1)``."""
-        factors = np.ones(len(t)) if self._schedule is None else self._schedule(t)
-        factors = np.array(factors, np.float64)
-        if factors.shape not in ((len(t),), (len(t), len(self.settings))):
+    def _of_steps(self, t):
+        """Return what multiplies the rates at the steps t, ``(len(t), networks or 1, 1, 1)``."""
+        given = np.ones(len(t)) if self._schedule is None else self._schedule(t)
+        given = np.array(given, np.float64)
+        if given.shape not in ((len(t),), (len(t), len(self.settings))):
             raise ValueError(
                 f"schedule must return one number per step (and network), received shape "
-                f"{factors.shape} for {len(t)} steps and {len(self.settings)} networks"
+                f"{given.shape} for {len(t)} steps and {len(self.settings)} networks"
             )
-        return factors.reshape(len(t), -1, 1, 1)
+        return given.reshape(len(t), -1, 1, 1)
 
     def _joined(self, x, y):
         """Return all data as tensors, the number of examples, and where each seed's own begin."""
@@ -576,7 +599,7 @@ def _compiled_steps(kind):
     each = tf.nest.map_structure
 
     @functools.partial(tf.function, autograph=False, jit_compile=xla_allowed())
-    def run(state, x, y, rows, rates, betas, count, momenta, masks):
+    def run(state, x, y, rows, rates, betas, count, momenta, masks, factors):
         def step(i, losses, state):
             parameters, moving, velocity, squares = state
             with tf.GradientTape() as tape:
@@ -585,18 +608,19 @@ def _compiled_steps(kind):
                 loss = _cross_entropy(tf.gather(y, rows[i]), logits)
             # No network's loss depends on another; with depth 1 nothing depends on "hidden".
             slopes = tape.gradient(loss, parameters, unconnected_gradients="zero")
+
+            def step_of(part, direction):
+                rate = rates[i] * factors[part] if factors else rates[i]
+                return each(lambda a: -rate * a, direction)
+
             if kind.adam:
                 velocity = each(lambda m, g: m + 0.1 * (g - m), velocity, slopes)
                 squares = each(lambda s, g: s + 0.001 * (g * g - s), squares, slopes)
-                parameters = each(
-                    lambda v, m, s: v - rates[i] * m / (tf.sqrt(s) + 1e-7),
-                    *(parameters, velocity, squares),
-                )
-            elif velocity:
-                velocity = each(lambda m, g: betas[i] * m - rates[i] * g, velocity, slopes)
-                parameters = each(tf.add, parameters, velocity)
-            else:
-                parameters = each(lambda v, g: v - rates[i] * g, parameters, slopes)
+                slopes = each(lambda m, s: m / (tf.sqrt(s) + 1e-7), velocity, squares)
+            moves = {part: step_of(part, slopes[part]) for part in _PARTS}
+            if velocity and not kind.adam:
+                moves = velocity = each(lambda m, d: betas[i] * m + d, velocity, moves)
+            parameters = each(tf.add, parameters, moves)
             parameters = _masked(parameters, masks)
             moving = each(lambda m, s: momenta * m + (1 - momenta) * s, moving, seen)
             return i + 1, losses.write(i, loss), (parameters, moving, velocity, squares)

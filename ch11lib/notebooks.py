@@ -307,11 +307,15 @@ class _Memory:
 
 
 def _now(process: psutil.Process) -> int:
-    """Memory of a process and its children at this moment, in bytes."""
+    """Memory of a process and its children at this moment, in bytes.
+
+    Of the children, what they share with no other process: TensorFlow's libraries take 0.4 GB, but
+    only once.
+    """
     total = process.memory_info().rss
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it may have ended since it was listed
-            total += child.memory_info().rss
+            total += child.memory_full_info().uss
     return total
 
 

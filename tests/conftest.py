@@ -53,7 +53,8 @@ class IgnoreStderr:
 class MemoryLimit(threading.Thread):
     """Kill kernels that take more memory than Binder leaves them, as Binder would.
 
-    It grants 2 GB, of which JupyterLab itself takes less than 0.2.
+    It grants 2 GB, of which JupyterLab itself takes less than 0.2. What a kernel shares with its
+    children, such as TensorFlow's libraries, takes memory once.
     """
 
     def __init__(self, limit):
@@ -64,8 +65,9 @@ class MemoryLimit(threading.Thread):
         while not self._over.wait(0.2):
             for kernel in psutil.Process().children():
                 with contextlib.suppress(psutil.Error):
-                    processes = [kernel, *kernel.children(recursive=True)]
-                    if sum(p.memory_info().rss for p in processes) > self.limit:
+                    children = kernel.children(recursive=True)
+                    own = sum(child.memory_full_info().uss for child in children)
+                    if kernel.memory_info().rss + own > self.limit:
                         kernel.kill()
                         self.killed += 1
 

@@ -393,6 +393,7 @@ def tiny(labels):
 def test_few_labels_are_balanced_and_nested(labels, n, seed):
     data = tiny(labels)
     few = data.few_labels(n, seed)
+    np.testing.assert_array_equal(few.x_train, data.x_train[data.few_rows(n, seed)])
     assert np.ptp(np.bincount(few.y_train, minlength=3)) <= 1
     chosen = few.x_train[:, 0].astype(int)
     assert len(set(chosen)) == n

@@ -115,6 +115,30 @@ def test_rates_and_momenta_of_each_step(adam):
         np.testing.assert_allclose(losses[:, i], expected, rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", [{}, {"inertia": 0.9}, {"adam": True}], ids=repr)
+def test_factors_of_the_layers(how):
+    """Keras's optimizer, of whose step every layer makes its share: for all three the same."""
+    factors = [0.0, 0.1, 0.5, 2.0, 1.0]
+    fleet = Fleet(4, 6, seeds=[3], factors=factors, **how, **SMALL)
+    losses = fleet.train(X, Y, steps=6, batch_size=16)[:, 0]
+    twin = keras_twin(3)
+    momentum = how.get("inertia", 0.0)
+    adam = keras.optimizers.Adam(0.1)
+    twin.optimizer = adam if "adam" in how else keras.optimizers.SGD(0.1, momentum=momentum)
+    expected = []
+    for rows in training.batch_order(96, 3, 0).reshape(6, 16):
+        before = [v.numpy() for v in twin.trainable_variables]
+        with tf.GradientTape() as tape:
+            loss = twin.loss(Y[rows], twin(X[rows], training=True))
+        gradients = tape.gradient(loss, twin.trainable_variables)
+        twin.optimizer.apply(gradients, twin.trainable_variables)
+        for i, (old, v) in enumerate(zip(before, twin.trainable_variables, strict=True)):
+            v.assign(old + factors[i // 2] * (v.numpy() - old))
+        expected.append(float(loss))
+    np.testing.assert_allclose(losses, expected, rtol=2e-4, atol=1e-5)
+    np.testing.assert_array_equal(fleet.kernels()[0][0], before[0])
+
+
 def test_a_schedule_must_fit():
     fleet = Fleet(2, 5, seeds=[4], schedule=lambda t: np.ones(3), **SMALL)
     with pytest.raises(ValueError, match=r"received shape \(3,\) for 12 steps and 1 networks"):
@@ -237,6 +261,7 @@ def test_a_network_that_diverged_counts_as_the_worst():
         ({"activation": "reluu"}, "activation must be"),
         ({"depth": 0}, "depth must be at least 1, received 0"),
         ({"seeds": []}, "each network needs a seed"),
+        ({"factors": (1, 0.5)}, r"each of the 3 layers, received \(1, 0.5\)"),
     ],
 )
 def test_bad_arguments(changes, message):
@@ -253,20 +278,20 @@ def test_bad_batch_sizes():
         fleet.train(X, Y, steps=0)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["all layers", "hidden layers"])
+@pytest.mark.parametrize("end", [None, -2, 2, 0], ids=["all", "hidden", "lowest", "none"])
 @pytest.mark.parametrize("depth", [1, 3])
-def test_fleets_start_from_the_weights_of_keras_models(depth, whole):
+def test_fleets_start_from_the_weights_of_keras_models(depth, end):
     fleet = Fleet(depth, 6, seeds=[3, 8], **SMALL | {"rates": [0.1, 0.2]})
-    heads = fleet._parameters["last"]["w"].numpy()
+    drawn = fleet.kernels()
     twins = {seed: keras_twin(seed + 50, depth=depth) for seed in (3, 8)}
     for twin in twins.values():
         twin.set_weights([w + 0.1 for w in twin.get_weights()])
-    end = None if whole else -2
     fleet.start_from({seed: twin.get_weights()[:end] for seed, twin in twins.items()})
     for i, seed in enumerate(fleet.settings.seed):
         twin = twins[seed]
-        if not whole:
-            twin.layers[-1].set_weights([heads[i], np.zeros(3)])
+        fresh = [w for kernel in drawn for w in (kernel[i], np.zeros(kernel.shape[2]))]
+        given = twin.get_weights()[:end]
+        twin.set_weights([*given, *fresh[len(given) :]])
         expected = twin.predict(X, verbose=0)
         np.testing.assert_allclose(fleet.outputs(X)[i], expected, rtol=1e-4, atol=1e-5)
 
@@ -282,12 +307,27 @@ def test_every_seed_can_have_data_of_its_own():
         np.testing.assert_allclose(np.concatenate(losses)[:, i], expected[:, 0], rtol=1e-5)
 
 
+def test_every_seed_can_learn_from_rows_of_its_own():
+    rows = {1: np.arange(40, 72), 2: np.resize([5, 7, 9], 32)}
+    both = Fleet(2, 5, seeds=[1, 2], **SMALL)
+    losses = both.train(X, Y, steps=5, batch_size=16, rows=rows)
+    copies = Fleet(2, 5, seeds=[1, 2], **SMALL)
+    x, y = ({seed: part[own] for seed, own in rows.items()} for part in (X, Y))
+    np.testing.assert_array_equal(losses, copies.train(x, y, steps=5, batch_size=16))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda f: f.start_from({1: []}), "every seed of the fleet, 0 is missing"),
         (lambda f: f.start_from({0: [np.ones((12, 5))]}), r"received \[\(12, 5\)\] for seed 0"),
+        (
+            lambda f: f.start_from({0: [np.ones((5, 5)), np.ones(5)]}),
+            r"\[\(5, 5\), \(5,\)\] for seed 0",
+        ),
         (lambda f: f.train({0: X}, Y, steps=1), "both be arrays or both mappings"),
+        (lambda f: f.train(X, Y, steps=1, rows={1: [0]}), "received None for seed 0"),
+        (lambda f: f.train(X, Y, steps=1, rows={0: [0, 96]}), r"below 96 .* \[0, 96\] for seed 0"),
         (lambda f: f.train({1: X}, {0: Y}, steps=1), r"every seed of the fleet, \[0\]"),
         (lambda f: f.train({0: X}, {0: Y[:9]}, steps=1), "equally many examples"),
     ],
