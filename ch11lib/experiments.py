@@ -33,7 +33,7 @@ import warnings
 from ch11lib import training
 from ch11lib.backend import keras, tf, trim_memory
 from ch11lib.claims import number
-from ch11lib.fleets import Fleet
+from ch11lib.fleets import Fleet, per_core
 import joblib
 import numpy as np
 import pandas as pd
@@ -351,8 +351,9 @@ def compare_fleets(
     if set(seeds) & set(tuning_seeds):
         raise ValueError("tuning_seeds must not share a seed with seeds")
     split = _split(data)
-    trials = _FleetRuns(split, tuning_seeds, tuning_epochs, batch_size)
-    runs = _FleetRuns(split, seeds, epochs, batch_size)
+    at_once = per_core(len(seeds))  # for both, so that one compilation serves both
+    trials = _FleetRuns(split, tuning_seeds, tuning_epochs, batch_size, at_once)
+    runs = _FleetRuns(split, seeds, epochs, batch_size, at_once)
     results = Results("loss")
     try:
         for arm in tqdm(arms, desc="arms", disable=None, leave=False):
@@ -377,6 +378,7 @@ class _FleetRuns:
     seeds: Sequence[int]
     epochs: int
     batch_size: int
+    at_once: int
 
     def of(self, arm, make, points) -> Iterator[tuple[_Trial, dict]]:
         """Train one fleet; yield for each of its networks what `_run` returns of a model."""
@@ -384,7 +386,8 @@ class _FleetRuns:
         rates = [point["learning_rate"] for point in points]
         fleet, steps = make(seeds=self.seeds, rates=rates), len(x) // self.batch_size
         start = time.perf_counter()
-        losses = fleet.train(x, y, steps=steps * self.epochs, batch_size=self.batch_size)
+        many = {"steps": steps * self.epochs, "batch_size": self.batch_size}
+        losses = fleet.train(x, y, **many, at_once=self.at_once)
         seconds = (time.perf_counter() - start) / losses.shape[1]
         by_epoch = losses.reshape(self.epochs, steps, -1).mean(axis=1).T
         valid = fleet.evaluate(x_valid, y_valid)

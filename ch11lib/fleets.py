@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 import pandas as pd
 from scipy import special
 
-__all__ = ["Fleet"]
+__all__ = ["Fleet", "per_core"]
 
 
 class Fleet:
@@ -277,6 +277,7 @@ class Fleet:
         steps: int,
         batch_size: int = 32,
         rows: Mapping[int, ArrayLike] | None = None,
+        at_once: int | None = None,
     ) -> np.ndarray:
         """Train all networks for some steps; a later call goes on where this one ended.
 
@@ -290,14 +291,19 @@ class Fleet:
         rows : mapping of int to array of int, optional
             The examples that each seed learns from, by their numbers in `x`: n of them for every
             seed, of which some may occur repeatedly. Without it, all of `x`.
+        at_once : int, optional
+            How many networks one compiled function trains; by default `per_core` of all. Fleets of
+            one architecture that train equally many at once need to be compiled only once.
 
         Returns
         -------
         numpy.ndarray, shape (steps, networks)
             The loss on every batch, before the step that it led to.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, received {steps}")
+        at_once = per_core(len(self.settings)) if at_once is None else at_once
+        for name, value in {"steps": steps, "at_once": at_once}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, received {value}")
         x, y, n, offset = self._joined(x, y)
         if rows is not None:
             own = {seed: np.asarray(rows[seed]) for seed in self.settings.seed if seed in rows}
@@ -346,15 +352,15 @@ class Fleet:
                     per_step = (
                         _filled(a) for a in (order[now, part], rates[now, part], betas[now])
                     )
-                    what = own, x, y, *per_step, tf.constant(count), momenta, masks
-                    loss, own = compiled(*what, self._factors)
+                    arguments = own, x, y, *per_step, tf.constant(count), momenta, masks
+                    loss, own = compiled(*arguments, self._factors)
                     losses[now, part] = loss.numpy()[:count]
                     if stop.is_set():
                         break
             return own
 
-        parts = _equal_parts(len(self.settings))
-        with ThreadPoolExecutor(len(parts)) as threads, _setting_on_error(stop):
+        parts = _equal_parts(len(self.settings), at_once)
+        with ThreadPoolExecutor(min(len(parts), _cores())) as threads, _setting_on_error(stop):
             ended = list(threads.map(run, parts))
         n = len(self.settings)
         joined = tf.nest.map_structure(lambda *a: tf.concat(a, axis=-3)[..., :n, :, :], *ended)
@@ -531,14 +537,28 @@ def _some(arrays, networks):
     return tf.nest.map_structure(lambda array: tf.gather(array, networks, axis=-3), arrays)
 
 
-def _equal_parts(networks):
-    """Return the numbers of equally many networks for each core.
+def _cores():
+    return 1 if tf.config.list_physical_devices("GPU") else joblib.cpu_count()
 
-    They train in threads: the operations of one step are too small to keep several cores busy. To
+
+def per_core(networks: int) -> int:
+    """Return how many of so many networks each core has to train.
+
+    Examples
+    --------
+    >>> per_core(1)
+    1
+    """
+    return -(-networks // _cores())
+
+
+def _equal_parts(networks, at_once):
+    """Return the numbers of the networks that train at once, equally many in all parts.
+
+    Parts train in threads: the operations of one step are too small to keep several cores busy. To
     make the parts equal, so that one compiled function serves all, some networks train twice.
     """
-    cores = 1 if tf.config.list_physical_devices("GPU") else joblib.cpu_count()
-    size = -(-networks // cores)
+    size = min(at_once, networks)
     return [np.arange(i, i + size) % networks for i in range(0, networks, size)]
 
 

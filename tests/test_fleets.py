@@ -269,6 +269,15 @@ def test_bad_arguments(changes, message):
         Fleet(**{"depth": 2, "width": 3, "seeds": [0], **SMALL, **changes})
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7])
+def test_any_number_of_networks_can_train_at_once(at_once):
+    pair, whole = (Fleet(2, 5, seeds=range(5), norm="batch", **SMALL) for _ in range(2))
+    losses = pair.train(X, Y, steps=5, batch_size=16, at_once=at_once)
+    expected = whole.train(X, Y, steps=5, batch_size=16)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(pair.outputs(X), whole.outputs(X), rtol=1e-3, atol=1e-5)
+
+
 def test_bad_batch_sizes():
     fleet = Fleet(1, 3, seeds=[0], norm="batch", group=3, **SMALL)
     for batch_size in (97, 16):
@@ -276,6 +285,8 @@ def test_bad_batch_sizes():
             fleet.train(X, Y, steps=1, batch_size=batch_size)
     with pytest.raises(ValueError, match="steps must be at least 1, received 0"):
         fleet.train(X, Y, steps=0)
+    with pytest.raises(ValueError, match="at_once must be at least 1, received -2"):
+        fleet.train(X, Y, steps=1, batch_size=6, at_once=-2)
 
 
 @pytest.mark.parametrize("end", [None, -2, 2, 0], ids=["all", "hidden", "lowest", "none"])
