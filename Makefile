@@ -41,7 +41,8 @@ endif
 test-numerics: $(VENV)/.installed-test  ## the notebooks as other hardware would run them, and other seeds
 	@for variant in $(VARIANTS); do \
 		echo "$$variant" | tr + ' '; \
-		$(NOTEBOOK_ENV) $$(echo "$$variant" | tr + ' ') $(PY) -m pytest $(NBVAL) notebooks || exit 1; \
+		$(NOTEBOOK_ENV) $$(echo "$$variant" | tr + ' ') $(PY) -m pytest $(NBVAL) \
+			--nbval-cell-timeout=900 notebooks || exit 1; \
 	done
 
 test-browser: $(VENV)/.installed-browser  ## JupyterLab and the pages of make run, in a real browser
