@@ -307,12 +307,13 @@ class Fleet:
         x, y, n, offset = self._joined(x, y)
         if rows is not None:
             own = {seed: np.asarray(rows[seed]) for seed in self.settings.seed if seed in rows}
-            n, few = len(next(iter(own.values()), ())), range(n)
+            all_rows, n = range(n), len(next(iter(own.values()), ()))
             for seed in self.settings.seed:
-                if seed not in own or own[seed].shape != (n,) or not np.isin(own[seed], few).all():
+                found = own.get(seed, np.empty(0))
+                if found.shape != (n,) or not np.isin(found, all_rows).all() or not n:
                     raise ValueError(
-                        f"rows must have equally many numbers below {len(few)} for every seed of "
-                        f"the fleet, received {rows.get(seed)} for seed {seed}"
+                        f"rows must have equally many numbers below {len(all_rows)} for every seed "
+                        f"of the fleet, received {rows.get(seed)} for seed {seed}"
                     )
         per_epoch = n // batch_size
         if per_epoch < 1 or batch_size % (self._kind.group or 1):
